@@ -1,0 +1,636 @@
+"""Tests of energy_pretrain.py, in the script's order; each holds one property.
+
+`pytest -q` runs them on a CPU, without a network, in under two minutes. Images are drawn as seeds,
+never pixel by pixel: hypothesis varies what matters, the shapes, tasks and strengths.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+import energy_pretrain as ep
+
+torch.set_num_threads(2)
+settings.register_profile("here", derandomize=True, deadline=None, max_examples=25)
+settings.load_profile("here")
+
+SCRIPT = str(Path(ep.__file__))
+TINY = ["--model", "nano", "--image-size", "16", "--mask-grid", "4", "--batch-size", "4",
+        "--max-steps", "4", "--device", "cpu", "--workers", "0"]
+seeds, tasks = st.integers(0, 2**31), st.sampled_from(ep.TASKS)
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_images(monkeypatch):
+    monkeypatch.setattr(ep, "HELD_OUT", 24)
+
+
+def images(seed, batch=3, size=16, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(batch, 3, size, size, generator=generator) * 2 - 1).to(dtype)
+
+
+def tiny_vit(seed=0, head=True, **sizes):
+    """A small ViT; with a head drawn at random, since a zero head makes a flat energy."""
+    torch.manual_seed(seed)
+    model = ep.ViT(16, 4, **{"dim": 16, "depth": 2, "num_heads": 2, **sizes})
+    if head:
+        torch.nn.init.normal_(model.head.weight)
+    return model
+
+
+def corrupted(x, task, seed, strength=1.0, **options):
+    options = {"mask_grid": 4, **options}
+    return ep.corrupt(x, task, ep.make_generator("cpu", seed), strength, **options)
+
+
+# ---- 1. Images and patches ---------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4))
+def test_patchify_round_trip(seed, batch, patch, rows, columns):
+    x = torch.randn(batch, 3, rows * patch, columns * patch)
+    patches = ep.patchify(x, patch)
+    assert patches.shape == (batch, rows * columns, 3 * patch**2)
+    assert torch.equal(patches[:, columns], ep.patchify(x[:, :, patch:2 * patch], patch)[:, 0]) \
+        if rows > 1 else True
+    assert torch.equal(ep.unpatchify(patches, patch, rows * patch), x)
+
+
+def test_psnr_of_known_errors():
+    assert ep.psnr(4.0) == 0 and ep.psnr(0.04) == pytest.approx(20)
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
+def test_make_generator_is_a_pure_function_of_its_key(key):
+    first, again, other = (torch.rand(4, generator=ep.make_generator("cpu", *k))
+                           for k in (key, key, [*key, 1]))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# ---- 2. Corruptions ----------------------------------------------------------------------------
+
+
+@given(seeds, tasks, st.integers(1, 4), st.sampled_from([8, 16, 32]),
+       st.sampled_from([torch.float32, torch.float64]), st.floats(0, 1))
+def test_corrupt_keeps_shape_dtype_and_its_input(seed, task, batch, size, dtype, strength):
+    x = images(seed, batch, size, dtype)
+    before = x.clone()
+    x_tilde = corrupted(x, task, seed, strength)
+    assert x_tilde.shape == x.shape and x_tilde.dtype == x.dtype and x_tilde.isfinite().all()
+    x_tilde += 1
+    assert torch.equal(x, before), "the input was written to, or shares memory with the output"
+
+
+@given(seeds, tasks)
+def test_corrupt_is_deterministic_and_changes_something(seed, task):
+    x = images(seed)
+    assert torch.equal(corrupted(x, task, seed), corrupted(x, task, seed))
+    assert (corrupted(x, task, seed) != x).flatten(1).any(1).all()
+
+
+@given(seeds, tasks)
+def test_corrupt_strength_goes_from_nothing_to_all_image_by_image(seed, task):
+    x = images(seed)
+    full, mixed = corrupted(x, task, seed), corrupted(x, task, seed, torch.tensor([0.0, 0.5, 1.0]))
+    assert torch.equal(corrupted(x, task, seed, 0.0), x)
+    assert torch.equal(mixed[0], x[0]) and torch.equal(mixed[2], full[2])
+    torch.testing.assert_close(mixed[1], (x[1] + full[1]) / 2)
+
+
+@given(seeds, st.sampled_from([2, 4, 8]), st.floats(0.01, 0.99))
+def test_hide_blocks_hides_exactly_the_share_in_whole_blocks(seed, grid, ratio):
+    x = images(seed).abs() + 0.1                        # no pixel is zero before
+    hidden = corrupted(x, "mim", seed, mask_ratio=ratio, mask_grid=grid) == 0
+    blocks = ep.patchify(hidden, 16 // grid)
+    assert (blocks.all(2) | ~blocks.any(2)).all(), "a block is hidden in part"
+    assert (blocks.any(2).sum(1) == round(ratio * grid**2)).all()
+    assert torch.equal(corrupted(x, "mim", seed, mask_ratio=ratio, mask_grid=grid)[~hidden], x[~hidden])
+
+
+@given(seeds, st.sampled_from([2, 4, 8]))
+def test_shuffle_patches_is_a_permutation_of_whole_pieces(seed, grid):
+    x = images(seed)
+    before, after = (ep.patchify(y, 16 // grid) for y in (x, corrupted(x, "sort", seed, sort_grid=grid)))
+    for a, b in zip(before, after):
+        assert sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist()))
+
+
+def test_shuffle_patches_is_uniform_and_differs_between_images():
+    x = torch.arange(4.0).view(1, 1, 2, 2).expand(4000, 3, 2, 2)
+    first = corrupted(x, "sort", 0, sort_grid=2)[:, 0, 0, 0]
+    shares = torch.bincount(first.long(), minlength=4) / len(x)
+    assert (shares - 0.25).abs().max() < 0.03, shares      # more than 4 standard deviations
+
+
+@given(seeds)
+def test_lower_resolution_keeps_what_survives_averaging(seed):
+    x = images(seed)
+    constant = x[:, :, :1, :1].expand_as(x)
+    torch.testing.assert_close(corrupted(constant, "sr", 0), constant)
+    assert corrupted(x, "sr", 0).var() < 0.3 * x.var()
+
+
+def test_add_noise_has_the_standard_deviation_asked_for():
+    x = images(0, 64)
+    noise = corrupted(x, "denoise", 0, noise_std=0.25) - x
+    assert abs(noise.mean()) < 0.01 and abs(noise.std() - 0.25) < 0.01
+
+
+@given(seeds)
+def test_remove_color_is_an_idempotent_grey(seed):
+    grey = corrupted(images(seed), "color", 0)
+    assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
+    torch.testing.assert_close(corrupted(grey, "color", 0), grey)
+    torch.testing.assert_close(corrupted(torch.ones(1, 3, 4, 4), "color", 0), torch.ones(1, 3, 4, 4))
+
+
+def test_draw_strengths_are_one_for_half_and_uniform_for_the_rest():
+    s = ep.draw_strengths(10_000, ep.make_generator("cpu", 0))
+    rest = s[s < 1]
+    assert s.min() >= 0 and s.max() == 1
+    assert abs(len(rest) / len(s) - 0.5) < 0.02 and abs(rest.mean() - 0.5) < 0.02
+
+
+# ---- 3. The energy -----------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(2, 5))
+def test_energy_of_an_image_is_independent_of_its_batch(seed, batch):
+    model, x = tiny_vit().double(), images(seed, batch, dtype=torch.float64)
+    alone = torch.cat([model(x[i:i + 1]) for i in range(batch)])
+    assert model(x).shape == (batch,)
+    torch.testing.assert_close(model(x), alone)
+
+
+def test_vit_features_equal_torchvisions_vit_with_the_same_weights():
+    model = tiny_vit().double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    other = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 64).double().eval()
+    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "norm.": "encoder.ln.",
+             "patch_embed.proj": "conv_proj", "blocks.": "encoder.layers.encoder_layer_",
+             "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "self_attention.in_proj_",
+             "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
+    state = {}
+    for name, value in ep.backbone_state(model).items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs, 1) if ours != "norm." or name.startswith(ours) else name
+        state[name] = value
+    missing, unexpected = other.load_state_dict(state, strict=False)
+    assert all("heads" in name for name in missing) and not unexpected
+    other.heads = torch.nn.Identity()
+    x = images(0, dtype=torch.float64)
+    torch.testing.assert_close(model.features(x)[:, 0], other(x))
+
+
+def test_vit_names_and_shapes_are_timms():
+    state = {name: tuple(value.shape) for name, value in ep.build_model("small", 224).state_dict().items()}
+    block = {"norm1.weight": (384,), "norm1.bias": (384,), "attn.qkv.weight": (1152, 384),
+             "attn.qkv.bias": (1152,), "attn.proj.weight": (384, 384), "attn.proj.bias": (384,),
+             "norm2.weight": (384,), "norm2.bias": (384,), "mlp.fc1.weight": (1536, 384),
+             "mlp.fc1.bias": (1536,), "mlp.fc2.weight": (384, 1536), "mlp.fc2.bias": (384,)}
+    expected = {f"blocks.{i}.{name}": shape for i in range(12) for name, shape in block.items()}
+    expected |= {"cls_token": (1, 1, 384), "pos_embed": (1, 197, 384), "norm.weight": (384,),
+                 "norm.bias": (384,), "patch_embed.proj.weight": (384, 3, 16, 16),
+                 "patch_embed.proj.bias": (384,), "head.weight": (1, 384)}
+    assert state == expected
+
+
+def test_vit_refuses_an_image_size_that_patches_do_not_fill():
+    with pytest.raises(ValueError, match="divisible"):
+        ep.ViT(30, 4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "swin_t", "vit_b_16"])
+def test_torchvision_networks_train_through_their_gradient(name):
+    torch.manual_seed(0)
+    pretrainer = ep.Pretrainer(ep.build_model(name, 32))
+    unused = ep.freeze_unused(pretrainer, images(0, 2, 32))
+    trained = [p for p in pretrainer.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    for _ in range(2):      # the first step only moves the head away from zero
+        loss = pretrainer(images(1, 2, 32), images(2, 2, 32))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    # in a ReLU network dE/dx depends on a bias only where a unit switches: a derivative of zero
+    assert sum(bool(p.grad.any()) for p in trained) > 0.6 * len(trained)
+    assert len(unused) < 0.1 * len(trained) + 2, unused
+    keys = ep.backbone_state(pretrainer.model).keys()
+    assert not any(key.startswith(("fc.", "head", "classifier.2")) for key in keys)
+    assert torchvision.models.get_model(name, **{"image_size": 32} if "vit" in name else {}
+                                        ).state_dict().keys() > keys
+
+
+# ---- 4. Restoration and loss -------------------------------------------------------------------
+
+
+@given(seeds)
+def test_gradient_of_the_energy_equals_finite_differences(seed):
+    model, x = tiny_vit(seed % 7).double(), images(seed, 1, dtype=torch.float64)
+    direction = images(seed + 1, 1, dtype=torch.float64)
+    step = x - ep.restore(model, x, 1.0)[0]                                     # alpha 1: dE/dx
+    numeric = (model(x + 1e-5 * direction) - model(x - 1e-5 * direction)) / 2e-5
+    torch.testing.assert_close((step * direction).sum(), numeric.sum(), rtol=1e-5, atol=1e-8)
+
+
+@given(seeds, st.integers(1, 3))
+@settings(max_examples=4)
+def test_gradient_through_the_restoration_equals_finite_differences(seed, num_steps):
+    """The gradient of Eq. (3) with respect to parameters and alpha. The iterates are detached, so
+    the numeric derivative starts every step from the iterates of the unchanged network."""
+    pretrainer = ep.Pretrainer(tiny_vit(seed % 7, depth=1), 2.0, num_steps).double()
+    x, x_tilde = images(seed, 2, dtype=torch.float64), images(seed + 1, 2, dtype=torch.float64)
+    pretrainer(x, x_tilde).backward()
+    starts = [x_tilde, *ep.restore(pretrainer.model, x_tilde, 2.0, num_steps)][:num_steps]
+
+    def loss():
+        alpha = pretrainer.log_alpha.exp().item()
+        return sum(ep.energy_loss(pretrainer.model, x, start, alpha).item() for start in starts) / num_steps
+    for name, p in pretrainer.named_parameters():
+        if p.grad is None:
+            continue
+        direction = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            p += 1e-5 * direction
+            above = loss()
+            p -= 2e-5 * direction
+            below = loss()
+            p += 1e-5 * direction
+        expected, got = (above - below) / 2e-5, (p.grad * direction).sum().item()
+        assert got == pytest.approx(expected, rel=1e-3, abs=1e-8), name
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_every_trainable_parameter_gets_a_gradient_and_the_frozen_are_known(head):
+    pretrainer = ep.Pretrainer(tiny_vit(head=head))
+    assert ep.freeze_unused(pretrainer, images(0)) == ["model.norm.bias"]
+    pretrainer(images(0), images(1)).backward()
+    missing = [n for n, p in pretrainer.named_parameters() if p.requires_grad and p.grad is None]
+    assert not missing
+    if head:
+        flat = [n for n, p in pretrainer.named_parameters() if p.requires_grad and not p.grad.any()]
+        assert not flat
+
+
+def test_freeze_unused_refuses_networks_that_cannot_be_trained():
+    with pytest.raises(ep.UserError, match="second derivative"):
+        ep.freeze_unused(ep.Pretrainer(ep.build_model("mobilenet_v3_small", 32)), images(0, 2, 32))
+    with pytest.raises(ep.UserError, match="no gradient"):      # a ReLU behind its zero read-out
+        ep.freeze_unused(ep.Pretrainer(ep.build_model("squeezenet1_1", 32)), images(0, 2, 32))
+
+
+@given(seeds, tasks)
+def test_a_small_step_lowers_the_energy(seed, task):
+    model = tiny_vit(seed % 11).double()
+    x_tilde = corrupted(images(seed, dtype=torch.float64), task, seed)
+    x_hat = ep.restore(model, x_tilde, alpha=1e-4)[0]
+    assert x_hat.shape == x_tilde.shape
+    with torch.no_grad():
+        assert (model(x_hat) < model(x_tilde)).all()
+
+
+@given(seeds, st.integers(1, 4), st.booleans())
+def test_k_steps_equal_k_times_one_step(seed, num_steps, create_graph):
+    model, x = tiny_vit(), images(seed)
+    walk = ep.restore(model, x, 3.0, num_steps, create_graph)
+    assert walk.shape == (num_steps, *x.shape) and walk.requires_grad == create_graph
+    for x_k in walk:
+        x = ep.restore(model, x, 3.0)[0]
+        assert torch.equal(x, x_k)
+
+
+@given(seeds, st.integers(2, 4))
+def test_restoration_of_an_image_is_independent_of_its_batch(seed, batch):
+    model, x = tiny_vit().double(), images(seed, batch, dtype=torch.float64)
+    alone = torch.cat([ep.restore(model, x[i:i + 1], 3.0, 2) for i in range(batch)], 1)
+    torch.testing.assert_close(ep.restore(model, x, 3.0, 2), alone)
+
+
+def test_restore_works_without_gradients_and_leaves_none():
+    model = tiny_vit()
+    with torch.no_grad():
+        quiet = ep.restore(model, images(0), 3.0, 2)
+    assert torch.equal(quiet, ep.restore(model, images(0), 3.0, 2)) and not torch.equal(quiet[1], images(0))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_zero_head_makes_restoration_the_identity():
+    assert torch.equal(ep.restore(tiny_vit(head=False), images(0), 64.0)[0], images(0))
+
+
+def test_compiled_loss_and_gradients_equal_eager():
+    pretrainer = ep.Pretrainer(tiny_vit(), 2.0, num_steps=2)
+    results = []
+    # "aot_eager" traces forward and both backward passes as the default does, but needs no C++
+    for loss_fn in (ep.energy_loss, torch.compile(ep.energy_loss, fullgraph=True, backend="aot_eager")):
+        pretrainer.loss_fn = loss_fn
+        pretrainer.zero_grad()
+        loss = pretrainer(images(0), images(1))
+        loss.backward()
+        results.append([loss, *(p.grad for p in pretrainer.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+# ---- 5. Data -----------------------------------------------------------------------------------
+
+
+@given(seeds, st.integers(1, 5), st.sampled_from([16, 31, 64]))
+def test_landscapes_are_images_and_follow_from_the_seed(seed, batch, size):
+    x, kind = ep.draw_landscapes(batch, size, ep.make_generator("cpu", seed))
+    again, _ = ep.draw_landscapes(batch, size, ep.make_generator("cpu", seed))
+    assert x.shape == (batch, 3, size, size) and kind.shape == (batch,) and torch.equal(x, again)
+    assert x.min() >= -1 and x.max() <= 1 and x.flatten(1).std(1).min() > 0.1
+    assert 0 <= kind.min() and kind.max() < 4
+
+
+def people_s_images(folder):
+    """One file of each sort that people have, all of one colour, and one that is broken."""
+    red = Image.new("RGB", (40, 30), (200, 40, 40))
+    (folder / "deep" / "er").mkdir(parents=True)
+    red.save(folder / "photo.JPG", "JPEG")
+    red.save(folder / "deep" / "image.png")
+    red.save(folder / "deep" / "er" / "web.webp")
+    red.convert("CMYK").save(folder / "press.jpg")
+    red.convert("P").save(folder / "palette.gif")
+    red.convert("RGBA").save(folder / "alpha.png")
+    red.convert("L").save(folder / "grey.png")
+    Image.new("I;16", (20, 20), 128 * 256).save(folder / "deep16.png")
+    red.resize((1, 1)).save(folder / "dot.png")
+    red.resize((2, 900)).save(folder / "thin.png")
+    (folder / "broken.jpg").write_bytes((folder / "photo.JPG").read_bytes()[:200])
+    (folder / "notes.txt").write_text("not an image")
+
+
+def test_read_image_decodes_what_people_have(tmp_path):
+    people_s_images(tmp_path)
+    for path in sorted(tmp_path.rglob("*.*")):
+        if path.suffix != ".txt" and "broken" not in path.name:
+            image = ep.read_image(path, 16)
+            assert image.mode == "RGB" and min(image.size) <= 16, path
+            expected = (87, 87, 87) if path.stem == "grey" else (128,) * 3 if path.stem == "deep16" \
+                else (200, 40, 40)
+            got = image.getpixel((0, 0))
+            assert all(abs(a - b) < 12 for a, b in zip(got, expected)), (path.name, got)
+
+
+def test_read_image_turns_a_photograph_upright_and_papers_transparency(tmp_path):
+    image, exif = Image.new("RGB", (40, 20)), Image.Exif()
+    exif[274] = 6                                       # the camera was held on its side
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert ep.read_image(tmp_path / "turned.jpg", 64).size == (20, 40)
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert ep.read_image(tmp_path / "clear.png", 64).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_folder_names_each_unreadable_file_once(tmp_path, capfd):
+    people_s_images(tmp_path)
+    args = ep.parse_args([*TINY, "--data", str(tmp_path)])
+    train, held_out = ep.open_data(args)
+    assert len(train.source) == 9 and len(held_out.source) == 2 and not {*train.source} & {*held_out.source}
+    for x in ep.image_batches(args, train, torch.device("cpu"), 9, range(3), seed=0):
+        assert x.shape == (9, 3, 16, 16) and x.min() >= -1 and x.max() <= 1
+    assert capfd.readouterr().err.count("broken.jpg") == 1
+
+
+def test_crops_follow_from_their_seed_and_leave_the_global_state(tmp_path):
+    people_s_images(tmp_path)
+    crops = ep.Crops([str(tmp_path / "photo.JPG")], 16)
+    crops.cache[0] = Image.effect_noise((64, 64), 80).convert("RGB")
+    state = torch.get_rng_state()
+    assert torch.equal(crops[0, 5][0], crops[0, 5][0]) and not torch.equal(crops[0, 5][0], crops[0, 6][0])
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@given(seeds, st.integers(1, 20), st.sampled_from([1, 2, 4]), st.integers(1, 3))
+def test_every_image_comes_once_an_epoch_however_many_processes(seed, count, world_size, part):
+    batch = world_size * part
+    def row(world_size):
+        ranks = [ep.crop_keys(count, batch, range(3 * count), seed, rank, world_size)
+                 for rank in range(world_size)]
+        return [key for step in zip(*ranks) for keys in step for key in keys]
+    keys = row(world_size)
+    assert keys == row(1)
+    for epoch in range(len(keys) // count):
+        assert sorted(index for index, _ in keys[epoch * count:][:count]) == list(range(count))
+    assert list(ep.crop_keys(count, batch, [2], seed, 0, 1))[0] == row(1)[2 * batch:3 * batch]
+
+
+# ---- 6. Optimiser and schedule -----------------------------------------------------------------
+
+
+def test_optimizer_decays_matrices_only():
+    pretrainer = ep.Pretrainer(tiny_vit())
+    ep.freeze_unused(pretrainer, images(0))
+    groups = {g["weight_decay"]: {id(p) for p in g["params"]}
+              for g in ep.build_optimizer(pretrainer, 0.1).param_groups}
+    for name, p in pretrainer.named_parameters():
+        matrix = name.endswith("weight") and "norm" not in name
+        assert (id(p) in groups[0.1]) == matrix, name
+        assert (id(p) in groups[0.0]) == (not matrix and name != "model.norm.bias"), name
+
+
+@given(st.integers(0, 20), st.integers(1, 200), st.sampled_from([64, 256, 1024]))
+def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
+    rates = [ep.learning_rate(step, 0.1, batch, warmup, warmup + rest) for step in range(warmup + rest + 1)]
+    peak = 0.1 * (batch / 256) ** 0.5
+    assert rates[warmup] == pytest.approx(max(rates)) == pytest.approx(peak)
+    assert rates[-1] == pytest.approx(0)
+    assert rates[:warmup] == pytest.approx([peak * (i + 1) / warmup for i in range(warmup)])
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+# ---- 7. to 11. The command line, end to end ----------------------------------------------------
+
+
+def files_equal(one, other):
+    """Whether two saved dicts hold the same tensors, bit for bit."""
+    a, b = (torch.load(path, weights_only=True) for path in (one, other))
+    flat = [[value for key in ("pretrainer",) for value in d.get(key, d).values()] for d in (a, b)]
+    moments = [[v for state in d["optimizer"]["state"].values() for v in state.values()]
+               for d in (a, b)] if "optimizer" in a else [[], []]
+    return all(torch.equal(x, y) for x, y in zip(flat[0] + moments[0], flat[1] + moments[1], strict=True))
+
+
+def test_command_line_end_to_end(tmp_path, capsys):
+    out = tmp_path / "run"
+    metrics = ep.main([*TINY, "--task", "all", "--num-steps", "2", "--out", str(out)])
+    assert sorted(path.name for path in out.iterdir()) == [
+        "backbone.pt", "checkpoint.pt", "log.jsonl", "metrics.json", "restorations.png"]
+    assert list(metrics) == list(ep.TASKS) and metrics == json.loads((out / "metrics.json").read_text())
+    assert len(metrics["sr"]["psnr_restored"]) == 2 and 0 <= metrics["sr"]["order"] <= 1
+    record = json.loads((out / "log.jsonl").read_text())
+    assert record["step"] == 4 and {"loss", "alpha", "lr", "gradient_norm", "images_per_second"} <= record.keys()
+    picture = Image.open(out / "restorations.png")
+    assert picture.size == (8 * 100 + 4 + 120, 5 * 4 * 100 + 4)     # 8 columns; 4 rows for each task
+    model = ep.build_model("nano", 16)
+    missing, unexpected = model.load_state_dict(torch.load(out / "backbone.pt"), strict=False)
+    assert missing == ["head.weight"] and not unexpected
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("device", "parameters", "drawn as needed", "PSNR in dB"))
+    assert ep.main(["--evaluate", "--device", "cpu", "--out", str(out)]) == metrics
+
+
+def test_evaluate_measures_what_it_says():
+    """With E = 0 the walk stays where it is; with E = |x|^2 / 2 and alpha = 1 it ends at zero."""
+    x, options = images(0, 6), {"mask_grid": 4}
+    still = ep.Pretrainer(tiny_vit(head=False), 1.0)
+    row = ep.evaluate(still, x, ["mim"], options, chunk=4)["mim"]
+    assert row["psnr_restored"][0] == row["psnr_corrupted"] and row["order"] == row["descent"] == 0
+    assert row["psnr_corrupted_hidden"] == pytest.approx(row["psnr_corrupted"] - 3.0103, abs=1e-3)
+    bowl = ep.Pretrainer(tiny_vit(), 1.0)
+    bowl.model = torch.nn.Module()
+    bowl.model.forward = lambda x: x.square().flatten(1).sum(1) / 2
+    row = ep.evaluate(bowl, x, ["denoise"], {"noise_std": 2.0})["denoise"]
+    assert row["psnr_restored"][0] == pytest.approx(ep.psnr(x.square().mean().item()))
+    assert row["energy_restored"] == 0 and row["order"] == 1 and row["descent"] == 1
+
+
+@pytest.mark.parametrize("data", ["procedural", "folder"])
+def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkeypatch):
+    (tmp_path / "images").mkdir()
+    people_s_images(tmp_path / "images")
+    base = [*TINY, "--task", "mim,denoise", "--save-every", "2"]
+    base += ["--data", str(tmp_path / "images")] if data == "folder" else []
+    ep.main([*base, "--out", str(tmp_path / "whole")])
+    save, saved = ep.save_checkpoint, []
+    monkeypatch.setattr(ep, "save_checkpoint", lambda *a: (save(*a), saved.append(1), 1 / 0))
+    with pytest.raises(ZeroDivisionError):              # "the power went" right after the first save
+        ep.main([*base, "--out", str(tmp_path / "parts")])
+    monkeypatch.setattr(ep, "save_checkpoint", save)
+    ep.main([*base, "--out", str(tmp_path / "parts")])
+    for name in ("checkpoint.pt", "backbone.pt"):
+        assert files_equal(tmp_path / "whole" / name, tmp_path / "parts" / name)
+
+
+def train_three_steps(path):
+    """Three steps on this process's part of a batch of four; rank 0 saves the weights."""
+    rank, processes, _ = ep.process_place()
+    pretrainer = ep.Pretrainer(tiny_vit(), 2.0, 2).double()
+    ep.freeze_unused(pretrainer, images(0, dtype=torch.float64))
+    module = pretrainer
+    if processes > 1:
+        torch.distributed.init_process_group("gloo")
+        module = torch.nn.parallel.DistributedDataParallel(pretrainer)
+    optimizer = ep.build_optimizer(pretrainer, 0.05)
+    for step in range(3):
+        x, x_tilde = (images(10 * step + i, 4, dtype=torch.float64).chunk(processes)[rank] for i in (0, 1))
+        ep.train_step(module, optimizer, x, x_tilde, 1e-3)
+    if rank == 0:
+        torch.save(pretrainer.state_dict(), path)
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(SCRIPT).parent)}
+
+
+def test_two_processes_equal_one(tmp_path):
+    script = tmp_path / "ranks.py"
+    script.write_text("import sys; from test_energy_pretrain import *; train_three_steps(sys.argv[1])")
+    subprocess.run([*TORCHRUN, str(script), str(tmp_path / "two.pt")], env=ENVIRONMENT, check=True,
+                   capture_output=True, timeout=100)
+    train_three_steps(tmp_path / "one.pt")
+    one, two = (torch.load(tmp_path / name) for name in ("one.pt", "two.pt"))
+    torch.testing.assert_close(one, two, rtol=1e-8, atol=1e-10)
+
+
+def test_torchrun_trains_saves_and_says_mistakes_once(tmp_path):
+    command = [*TORCHRUN, SCRIPT, *TINY, "--task", "mim", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 process(es)") == 1 and (tmp_path / "restorations.png").exists()
+    bad = subprocess.run([*command, "--batch-size", "3"], env=ENVIRONMENT, capture_output=True,
+                         text=True, timeout=100)
+    assert bad.returncode != 0 and bad.stderr.count("energy_pretrain.py: error: --batch-size 3") == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--task", "jigsaw"], "--task jigsaw: choose from mim, sort"),
+    (["--model", "resnet19"], "--model resnet19: choose from nano"),
+    (["--model", "mobilenet_v3_small"], "no second derivative"),
+    (["--image-size", "18"], "--patch-size None: must divide"),
+    (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
+    (["--mask-ratio", "1.5"], "--mask-ratio: 1.5: must be above 0 and below 1"),
+    (["--lr", "nan"], "--lr: nan: must be above 0"),
+    (["--epochs", "0"], "--epochs: 0: must be at least 1"),
+    (["--batch-size", "many"], "--batch-size: invalid whole number value: 'many'"),
+    (["--device", "cuda:x"], "--device cuda:x"),
+    (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
+    (["--evaluate"], "no checkpoint there"),
+    (["--nonsense"], "unrecognized arguments: --nonsense")])
+def test_wrong_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        ep.main([*TINY, "--out", str(tmp_path / "out"), *arguments])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
+
+
+def test_wrong_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
+    base, path = [*TINY, "--task", "mim", "--out", str(tmp_path)], tmp_path / "checkpoint.pt"
+    def refused(*arguments):
+        before = path.read_bytes()
+        with pytest.raises(SystemExit) as stop:
+            ep.main([*base, *arguments])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and path.read_bytes() == before
+        return said
+    ep.main(base)
+    said = refused("--max-steps", "5", "--mask-ratio", "0.75")
+    assert "mask_ratio (0.5 there, 0.75 now)" in said and "max_steps (4 there, 5 now)" in said
+    assert "not a checkpoint" in refused("--evaluate", "--model", "tiny")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2])
+    assert "not a checkpoint" in refused()
+    torch.save({"weights": 1}, path)
+    assert "not a checkpoint" in refused()
+    ep.main([*base, "--no-resume", "--max-steps", "5"])
+
+
+def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        ep.main([*TINY, "--data", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "0 image files there or below" in capsys.readouterr().err
+
+
+def test_a_diverging_run_stops_with_step_and_value_and_keeps_the_checkpoint(tmp_path, capsys):
+    base = [*TINY, "--task", "mim", "--out", str(tmp_path), "--save-every", "1"]
+    real = ep.train_step
+    def broken(module, optimizer, x, x_tilde, rate):
+        values = real(module, optimizer, x, x_tilde, rate)
+        return values * float("nan") if optimizer.state[module.log_alpha]["step"] == 3 else values
+    ep.train_step = broken
+    try:
+        with pytest.raises(SystemExit) as stop:
+            ep.main(base)
+    finally:
+        ep.train_step = real
+    assert stop.value.code == 2 and "step 3: loss nan" in capsys.readouterr().err
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["step"] == 2
+    assert all(v.isfinite().all() for v in checkpoint["pretrainer"].values())
+
+
+def test_a_short_training_restores_and_orders_energies(tmp_path):
+    """The whole claim in small: after 60 steps of denoising, held-out images are restored, clean
+    ones have lower energy, and the learned step walks downhill."""
+    row = ep.main(["--task", "denoise", "--image-size", "16", "--mask-grid", "4", "--max-steps", "60",
+                   "--device", "cpu", "--out", str(tmp_path)])["denoise"]
+    assert row["psnr_restored"][0] > row["psnr_corrupted"] + 4, row
+    assert row["order"] > 0.95 and row["descent"] > 0.95, row
+    assert row["energy_restored"] < row["energy_corrupted"], row
+
+
+def test_importing_the_module_does_nothing():
+    done = subprocess.run([sys.executable, "-c", "import energy_pretrain"], capture_output=True,
+                          cwd=Path(SCRIPT).parent, check=True)
+    assert not done.stdout and not done.stderr
