@@ -53,13 +53,11 @@ from torchvision.transforms import v2
 # Pixels lie in [-1, 1] (mean 0.5 and standard deviation 0.5, as timm's ViTs expect), so that zero
 # is mid-grey, and the luma of an image is in the same units as the image.
 
-
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
     B, C, H, W = x.shape
     x = x.view(B, C, H // patch, patch, W // patch, patch)      # (B, C, H/P, P, W/P, P)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)        # (B, N, C*P*P)
-
 
 def unpatchify(patches, patch, height):
     """Undo `patchify`: put patches (B, N, C*P*P) back into images (B, C, H, W) of this height."""
@@ -68,25 +66,18 @@ def unpatchify(patches, patch, height):
     x = patches.view(B, rows, N // rows, C, patch, patch)       # (B, H/P, W/P, C, P, P)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, height, N // rows * patch)  # (B, C, H, W)
 
-
 def psnr(mean_squared_error):
     """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
     return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
 
-
 def make_generator(device, *key):
-    """A generator that is a pure function of integers such as (seed, step, rank).
-
-    No random state is ever saved: a run resumes bit for bit because step n draws the same numbers
-    whether or not the steps before it were taken by this process.
-    """
+    """A generator that is a pure function of integers such as (seed, step, rank): no random state
+    need ever be saved, and a resumed run draws what it would have drawn."""
     return torch.Generator(device).manual_seed(hash(key) % 2**63)
-
 
 # ---- 2. Corruptions ----------------------------------------------------------------------------
 # Five verbs, one signature: images and a generator in, images of the same shape out. To add a
 # sixth task, write its verb and give it a line in CORRUPTIONS.
-
 
 def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8):
     """Masked image modelling: of mask_grid x mask_grid square blocks hide a share, mask_ratio.
@@ -99,7 +90,6 @@ def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8):
     mask = (rank < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
     return x.masked_fill(mask.repeat_interleave(block, 2).repeat_interleave(block, 3), 0)
 
-
 def shuffle_patches(x, generator, sort_grid=4):
     """Patch sorting: cut every image into sort_grid x sort_grid pieces and permute them uniformly.
     Pixels in, pixels out: sorting is a restoration like the others and fits any architecture."""
@@ -109,24 +99,20 @@ def shuffle_patches(x, generator, sort_grid=4):
     pieces = pieces.gather(1, order.unsqueeze(2).expand_as(pieces))
     return unpatchify(pieces, patch, x.shape[2])
 
-
 def lower_resolution(x, generator, sr_factor=4):
     """Super-resolution: average squares of sr_factor pixels, then enlarge back bilinearly."""
     small = F.avg_pool2d(x, sr_factor)                                # (B, C, H/factor, W/factor)
     return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
-
 
 def add_noise(x, generator, noise_std=0.5):
     """Denoising: add Gaussian noise; noise_std is in units of x, whose range has length 2. The sum
     is not clipped: clipped noise would no longer be Gaussian."""
     return x + noise_std * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
-
 def remove_color(x, generator):
     """Colourisation: keep only the luma (ITU-R BT.601 weights), repeated in all three channels."""
     weights = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (x * weights).sum(1, keepdim=True).expand_as(x).clone()
-
 
 CORRUPTIONS = {  # task: (its verb, the options that set how hard it is)
     "mim": (hide_blocks, ("mask_ratio", "mask_grid")),
@@ -136,7 +122,6 @@ CORRUPTIONS = {  # task: (its verb, the options that set how hard it is)
     "color": (remove_color, ()),
 }
 TASKS = tuple(CORRUPTIONS)
-
 
 def corrupt(x, task, generator, strength=1.0, **options):
     """Corrupt images: x + s (x_tilde - x), where x_tilde is what the task's verb makes of x.
@@ -151,22 +136,19 @@ def corrupt(x, task, generator, strength=1.0, **options):
     s = torch.as_tensor(strength, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     return torch.lerp(x, x_tilde, s)          # exact at both ends, unlike x + s * (x_tilde - x)
 
-
 def draw_strengths(batch_size, generator):
     """One strength per image (B,): 1 for half of them on average, else uniform in [0, 1].
 
     With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
-    nothing ties E(x_tilde) to E(x). With all s the difference is a line integral of what was learned,
+    nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
         E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
     near |x_tilde - x|^2 / (2 alpha) if x_hat_s is near x: energies are in order, and data at rest.
     """
     return torch.rand(batch_size, generator=generator, device=generator.device).mul(2).clamp(max=1)
 
-
 # ---- 3. The energy -----------------------------------------------------------------------------
 # A plain pre-norm Vision Transformer. Names and shapes of the parameters are timm's, so that the
 # weights go wherever a ViT goes; only `head`, the energy read-out, is ours.
-
 
 class Attention(nn.Module):
     """Multi-head self-attention. The softmax is written out because the fused kernels behind
@@ -181,11 +163,10 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape                                                       # T = N + 1 tokens
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)    # (B, T, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h)
         weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)    # (B, h, T, T)
         x = (weights @ v).transpose(1, 2).reshape(B, T, D)                      # (B, T, D)
         return self.proj(x)
-
 
 class Block(nn.Module):
     """Transformer block: the tokens exchange what they know, then each computes on its own."""
@@ -202,7 +183,6 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
-
 class ViT(nn.Module):
     """Vision Transformer whose forward pass is the energy of Eq. (1): (B, 3, H, W) -> (B,).
 
@@ -215,15 +195,16 @@ class ViT(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not divisible by patch size {patch_size}")
         self.patch_size = patch_size
-        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, 1, bias=False)
         for name, p in self.named_parameters():
-            if name.endswith(("_token", "_embed")):
-                nn.init.trunc_normal_(p, std=0.02)
+            if name.endswith(("_token", "_embed")):     # as large as the patches: at the usual 0.02
+                nn.init.normal_(p, std=0.3)             # all tasks took twice as many steps
             elif p.ndim > 1:
                 nn.init.xavier_uniform_(p.view(len(p), -1))     # a patch counted as one vector
             elif name.endswith("bias"):
@@ -232,7 +213,7 @@ class ViT(nn.Module):
 
     def features(self, x):
         """The representation: images (B, 3, H, W) -> tokens (B, N+1, D), class token first."""
-        proj = self.patch_embed.proj        # a convolution with stride P: one linear map of each patch
+        proj = self.patch_embed.proj    # a convolution with stride P: one linear map of each patch
         x = F.linear(patchify(x, self.patch_size), proj.weight.flatten(1), proj.bias)  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N+1, D)
         for block in self.blocks:
@@ -242,19 +223,16 @@ class ViT(nn.Module):
     def forward(self, x):
         return self.head(self.features(x).mean(1)).squeeze(1)                   # Eq. (1): (B,)
 
-
 def find_head(net):
     """Name of the energy read-out: the last layer of a network that has a single output."""
     return [name for name, module in net.named_modules()
             if 1 in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0))][-1]
 
-
 def backbone_state(model):
-    """The weights that are of use elsewhere: all but the read-out, under the network's own names."""
+    """The weights of use elsewhere: all but the read-out, under the network's own names."""
     net = getattr(model, "net", model)
     head = find_head(net) + "."
     return {name: value for name, value in net.state_dict().items() if not name.startswith(head)}
-
 
 class TorchvisionEnergy(nn.Module):
     """Any torchvision classification network, built with one output: (B, 3, H, W) -> (B,)."""
@@ -273,15 +251,9 @@ class TorchvisionEnergy(nn.Module):
         with sdpa_kernel(SDPBackend.MATH):          # the one backend with a second derivative
             return self.net(x).flatten()
 
-
-VIT_SIZES = {  # name: width D, depth, heads
-    "nano": dict(dim=96, depth=4, num_heads=3),
-    "tiny": dict(dim=192, depth=12, num_heads=3),
-    "small": dict(dim=384, depth=12, num_heads=6),
-    "base": dict(dim=768, depth=12, num_heads=12),
-    "large": dict(dim=1024, depth=24, num_heads=16),
-}
-
+VIT_SIZES = {   # name: width D, depth, heads h
+    "nano": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
+    "large": (1024, 24, 16)}
 
 def build_model(name, image_size=32, patch_size=None):
     """An energy, (B, 3, image_size, image_size) -> (B,).
@@ -292,36 +264,31 @@ def build_model(name, image_size=32, patch_size=None):
     """
     if name in VIT_SIZES:
         patch_size = patch_size or (4 if image_size < 128 else 16)
-        return ViT(image_size, patch_size, **VIT_SIZES[name]).eval()
+        return ViT(image_size, patch_size, *VIT_SIZES[name]).eval()
     return TorchvisionEnergy(name, image_size).eval()
-
 
 # ---- 4. Restoration and loss -------------------------------------------------------------------
 # The heart: Eq. (2) and Eq. (3).
 
-
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     """Walk num_steps steps down the energy from x_tilde, Eq. (2).
 
-    energy_fn: any callable from (B, 3, H, W) to (B,), each image on its own. alpha: the step size, a
-    number or a scalar tensor. Returns all iterates x_1 ... x_K as one tensor (K, B, 3, H, W). Works
-    under torch.no_grad() and inside torch.compile(fullgraph=True). With create_graph the iterates
-    can be differentiated by the network's parameters and alpha; without, no graph is kept.
+    energy_fn: any callable from (B, 3, H, W) to (B,), each image on its own. alpha: the step size,
+    a number or a scalar tensor. Returns all iterates x_1 ... x_K as one tensor (K, B, 3, H, W).
+    Works under torch.no_grad() and inside torch.compile(fullgraph=True). With create_graph the
+    iterates can be differentiated by parameters and alpha; without, no graph is kept.
     """
     # The sum's gradient holds each image's own, since no energy depends on another image.
-    # torch.func.grad, unlike torch.autograd.grad, can be traced by torch.compile, and differentiates
-    # also where gradients are switched off around it.
+    # torch.func.grad, unlike torch.autograd.grad, can be traced by torch.compile, and works also
+    # where gradients are switched off around it.
     gradient = torch.func.grad(lambda x: energy_fn(x).float().sum())
     iterates, x = [], x_tilde
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            # Detached: every step is trained to do its best from where it stands. Without it K
-            # steps would need derivatives of order K + 1 and their memory.
-            x = x.detach()
+            x = x.detach()      # every step is trained to do its best from where it stands
             x = x - alpha * gradient(x)                                         # Eq. (2)
             iterates.append(x)
     return torch.stack(iterates)
-
 
 def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1):
     """Eq. (3): the mean over K steps of smooth_l1(x_k, x), a scalar to be trained through. It is
@@ -329,13 +296,12 @@ def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1):
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
     return F.smooth_l1_loss(x_hat, x.expand_as(x_hat))                          # Eq. (3)
 
-
 class Pretrainer(nn.Module):
     """The energy, its step size and the loss in one module, as DistributedDataParallel averages the
     gradients of one forward call: the whole walk must happen inside. alpha is learned as a
     logarithm, which keeps it positive and its learning rate relative."""
 
-    def __init__(self, model, alpha=64.0, num_steps=1):
+    def __init__(self, model, alpha=256.0, num_steps=1):
         super().__init__()
         self.model = model
         self.num_steps = num_steps
@@ -344,7 +310,6 @@ class Pretrainer(nn.Module):
 
     def forward(self, x, x_tilde):
         return self.loss_fn(self.model, x, x_tilde, self.log_alpha.exp(), self.num_steps)
-
 
 def freeze_unused(pretrainer, x):
     """Freeze the parameters that never enter dE/dx; return their names.
@@ -357,15 +322,13 @@ def freeze_unused(pretrainer, x):
         pretrainer(x, x / 2).backward()
     except RuntimeError as error:
         raise UserError(f"--model: this network has no second derivative ({error})".split("\n")[0])
-    gradients = {name: p.grad for name, p in pretrainer.named_parameters()}
-    pretrainer.zero_grad(set_to_none=True)
-    if not any(g is not None and g.any() for g in gradients.values()):
+    if not any(p.grad is not None and p.grad.any() for p in pretrainer.parameters()):
         raise UserError("--model: no gradient reaches this network's parameters through dE/dx")
-    unused = [name for name, g in gradients.items() if g is None]
-    for name in unused:
-        pretrainer.get_parameter(name).requires_grad_(False)
-    return unused
-
+    unused = {name: p for name, p in pretrainer.named_parameters() if p.grad is None}
+    for p in unused.values():
+        p.requires_grad_(False)
+    pretrainer.zero_grad(set_to_none=True)
+    return list(unused)
 
 # ---- 5. Data -----------------------------------------------------------------------------------
 # Landscapes drawn on the spot, or image files. What step n trains on is a function of (seed, n)
@@ -378,7 +341,6 @@ NAMED_DATA = {  # name: (torchvision's class, its training split, its held-out s
     "cifar100": (torchvision.datasets.CIFAR100, {"train": True}, {"train": False}),
     "stl10": (torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}),
 }
-
 
 def draw_landscapes(batch_size, size, generator):
     """Draw images (B, 3, S, S) in [-1, 1] and the kind of their objects (B,), 0 ... 3, on the
@@ -423,11 +385,10 @@ def draw_landscapes(batch_size, size, generator):
         x = torch.lerp(x, paint * shade, (inside * radius * size + 0.5).clamp(0, 1))
     return x.clamp(0, 1) * 2 - 1, kind
 
-
 def read_image(path, short_side):
     """Decode an image file as a viewer shows it, RGB, its short side at most short_side pixels."""
     with Image.open(path) as image:
-        image.draft("RGB", (short_side, short_side))    # JPEG: decode at a reduced scale, far faster
+        image.draft("RGB", (short_side, short_side))   # JPEG: decode at a reduced scale, far faster
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                  # 16 bits a pixel
             image = image.point(lambda value: value / 256).convert("L")
@@ -437,7 +398,6 @@ def read_image(path, short_side):
         image = image.convert("RGB")
     scale = short_side / min(image.size)
     return image if scale >= 1 else image.resize([max(1, round(n * scale)) for n in image.size])
-
 
 class Crops(torch.utils.data.Dataset):
     """Random crops: item (index, seed) -> (uint8 pixels (3, S, S), names of unreadable files).
@@ -471,10 +431,9 @@ class Crops(torch.utils.data.Dataset):
                 unreadable.append(self.source[index])       # what Pillow raises on damaged files
                 index = (index + 1) % len(self.source)
         image = image or Image.new("RGB", (1, 1))           # `image_batches` ends the run
-        with torch.random.fork_rng(devices=[]):             # torchvision draws from the global state
+        with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
             torch.manual_seed(seed)
             return self.crop(image), "\0".join(unreadable)
-
 
 def open_data(args):
     """The training and the held-out images as two `Crops`, or (None, None) for the landscapes."""
@@ -482,23 +441,25 @@ def open_data(args):
         return None, None
     if args.data in NAMED_DATA:
         dataset, *splits = NAMED_DATA[args.data]
-        try:
+        rank, processes, _ = process_place()
+        try:                            # rank 0 downloads, then the others find the files there
+            if rank > 0:
+                dist.barrier()
             sources = [dataset("data", download=True, **split) for split in splits]
+            if rank == 0 and processes > 1:
+                dist.barrier()
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {args.data}: cannot be downloaded to ./data ({error})")
-    elif not os.path.isdir(args.data):
-        raise UserError(f"--data {args.data}: no such folder; give a folder of images, procedural, "
-                        f"{', '.join(NAMED_DATA)}")
     else:
+        if not os.path.isdir(args.data):
+            raise UserError(f"--data {args.data}: no such folder, nor {', '.join(NAMED_DATA)}")
         endings = torchvision.datasets.folder.IMG_EXTENSIONS + (".gif",)
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(args.data)
                        for name in names if name.lower().endswith(endings))
         if len(files) < 2:
-            raise UserError(f"--data {args.data}: {len(files)} image files there or below, at least "
-                            "2 are needed (every tenth is held out)")
-        sources = [[f for i, f in enumerate(files) if i % 10], files[::10]]
+            raise UserError(f"--data {args.data}: {len(files)} image files there or below, needs 2")
+        sources = [[f for i, f in enumerate(files) if i % 10], files[::10]]     # a tenth held out
     return tuple(Crops(source, args.image_size) for source in sources)
-
 
 def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
     """For every step this process's part of the global batch, as keys (index, seed) for `Crops`.
@@ -516,7 +477,6 @@ def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
             keys.append((int(order[position % num_images]), hash((seed, position)) % 2**63))
         yield keys
 
-
 def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_size=1, workers=0):
     """Yield this process's clean images (B, 3, S, S), in [-1, 1], of each of the given steps."""
     if crops is None:
@@ -532,21 +492,18 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
                 print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
                 named.add(path)
             if paths.count("\0") == 99:
-                raise UserError(f"--data {args.data}: 100 unreadable images in a row, up to {path!r}")
+                raise UserError(f"--data {args.data}: 100 unreadable images on end, up to {path!r}")
         yield pixels.to(device, non_blocking=True).float() / 127.5 - 1
 
-
 # ---- 6. Optimiser and schedule -----------------------------------------------------------------
-
 
 def build_optimizer(pretrainer, weight_decay):
     """AdamW; matrices decay, while biases, norms, embeddings and log alpha do not."""
     named = [(name, p) for name, p in pretrainer.named_parameters() if p.requires_grad]
     exempt = {name for name, p in named if p.ndim < 2 or name.endswith(("_embed", "_token"))}
-    groups = [{"params": [p for name, p in named if name not in exempt], "weight_decay": weight_decay},
+    groups = [{"params": [p for name, p in named if name not in exempt]},
               {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95))
-
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 def learning_rate(step, lr, batch_size, warmup_steps, max_steps):
     """The rate of 0-based `step`: linear warm-up, then half a cosine to zero. The peak is
@@ -556,26 +513,21 @@ def learning_rate(step, lr, batch_size, warmup_steps, max_steps):
         return peak * (step + 1) / warmup_steps
     return peak * (1 + math.cos(math.pi * (step - warmup_steps) / (max_steps - warmup_steps))) / 2
 
-
 # ---- 7. Processes and errors -------------------------------------------------------------------
 # torchrun starts one process per GPU and tells each its place in environment variables. A process
 # alone is the same program in a world of one.
 
-
 class UserError(Exception):
     """What the person at the command line can put right: one line, exit status 2, no traceback."""
-
 
 def process_place():
     """(rank, number of processes, rank on this machine)"""
     return tuple(int(os.environ.get(name, default)) for name, default in
                  (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
-
 def print0(*values, **options):
     if process_place()[0] == 0:
         print(*values, **options, flush=True)
-
 
 def set_up_device(args):
     """Join the other processes, if any, and return this one's device."""
@@ -587,13 +539,12 @@ def set_up_device(args):
     if device.type == "cuda":
         device = torch.device("cuda", local_rank if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices")
+            raise UserError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
     if world_size > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
-
 
 def fail(error):
     """Say it once and exit with status 2. Under torchrun rank 0 speaks; the others wait for
@@ -603,20 +554,18 @@ def fail(error):
     print("energy_pretrain.py: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
-
 # ---- 8. Checkpoints ----------------------------------------------------------------------------
 # Plain dicts of tensors, numbers and strings, so that loading one can run no code.
 
 FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every"}
 
-
 def save_checkpoint(args, pretrainer, optimizer, step):
     """Write OUT/checkpoint.pt, all that resuming needs, and OUT/backbone.pt, the weights to use:
     each under a temporary name first and then moved, so that a path never holds half a file."""
-    versions = {"torch": str(torch.__version__), "torchvision": str(torchvision.__version__)}
-    checkpoint = {"pretrainer": pretrainer.state_dict(), "optimizer": optimizer.state_dict(),
-                  "step": step, "config": vars(args), "versions": versions}
-    for name, value in (("checkpoint.pt", checkpoint), ("backbone.pt", backbone_state(pretrainer.model))):
+    files = {"backbone.pt": backbone_state(pretrainer.model), "checkpoint.pt": {
+        "pretrainer": pretrainer.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+        "config": vars(args), "versions": [str(torch.__version__), str(torchvision.__version__)]}}
+    for name, value in files.items():
         path, temporary = Path(args.out, name), Path(args.out, name + ".tmp")
         try:
             torch.save(value, temporary)
@@ -624,7 +573,6 @@ def save_checkpoint(args, pretrainer, optimizer, step):
         except (OSError, RuntimeError) as error:
             temporary.unlink(missing_ok=True)
             raise UserError(f"{path}: cannot be written ({error})")
-
 
 def load_checkpoint(out, pretrainer=None):
     """Read OUT/checkpoint.pt, and its weights into the pretrainer. UserError if it does not fit."""
@@ -637,8 +585,7 @@ def load_checkpoint(out, pretrainer=None):
             pretrainer.load_state_dict(checkpoint["pretrainer"])
         return {name: checkpoint[name] for name in ("config", "step", "optimizer")}
     except Exception as error:      # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path}: not a checkpoint of this script and model ({type(error).__name__})")
-
+        raise UserError(f"{path}: no checkpoint of this script and model ({type(error).__name__})")
 
 def resume(args, pretrainer, optimizer):
     """Go on from OUT's checkpoint if there is one; return the number of steps already taken. Lines
@@ -650,8 +597,8 @@ def resume(args, pretrainer, optimizer):
         differing = [f"{name} ({then.get(name)} there, {now[name]} now)" for name in sorted(now)
                      if name not in FREE_FIELDS and now[name] != then.get(name)]
         if differing:
-            raise UserError(f"{args.out}/checkpoint.pt has another configuration, {'; '.join(differing)}"
-                            ": choose another --out, or --no-resume to overwrite it")
+            raise UserError(f"{args.out}/checkpoint.pt has another configuration, "
+                            f"{'; '.join(differing)}: take another --out, or --no-resume")
         load_checkpoint(args.out, pretrainer)
         optimizer.load_state_dict(checkpoint["optimizer"])
         step = checkpoint["step"]
@@ -665,10 +612,8 @@ def resume(args, pretrainer, optimizer):
             raise UserError(f"--out {args.out}: cannot be written to ({error})")
     return step
 
-
 # ---- 9. Evaluation -----------------------------------------------------------------------------
 # Fixed corruptions at full strength. Works without gradients, but for those `restore` takes itself.
-
 
 @torch.no_grad()
 def evaluate(pretrainer, images, tasks, options, chunk=64):
@@ -691,33 +636,29 @@ def evaluate(pretrainer, images, tasks, options, chunk=64):
             hidden.append((x_tilde != x).flatten(1))                            # (b, C*H*W)
             energies.append(torch.stack([model(y) for y in (x, *walk)]))        # (K+2, b)
         squares, hidden = torch.cat(squares, 1).double(), torch.cat(hidden)
-        clean, corrupted, first, *_, last = *(e := torch.cat(energies, 1)), e[-1]
+        clean, corrupted, *restored = torch.cat(energies, 1)
         result = metrics[task] = {
             "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
-            "energy_restored": last.mean().item(),
+            "energy_restored": restored[-1].mean().item(),
             "order": (clean < corrupted).double().mean().item(),
-            "descent": (first < corrupted).double().mean().item()}
+            "descent": (restored[0] < corrupted).double().mean().item()}
         regions = {"": torch.ones_like(hidden)} | ({"_hidden": hidden} if task == "mim" else {})
         for region, weight in regions.items():
             decibels = [psnr(((step * weight).sum() / weight.sum()).item()) for step in squares]
             result["psnr_corrupted" + region], *result["psnr_restored" + region] = decibels
     return metrics
 
-
-def print_table(metrics):
+def print_table(metrics, num_steps):
+    def decibels(row, region=""):
+        values = [row["psnr_corrupted" + region], *row["psnr_restored" + region]]
+        return "".join(f"{value:9.2f}" for value in values)
+    print("\nPSNR in dB  corrupted" + "".join(f"   step {k + 1}" for k in range(num_steps))
+          + "   E clean  corrupted  restored  E clean lower  step lowers E")
     for task, row in metrics.items():
-        decibels = [row["psnr_corrupted"], *row["psnr_restored"]]
-        if task == next(iter(metrics)):
-            steps = "".join(f"{f'step {k}':>9}" for k in range(1, len(decibels)))
-            print(f"\nPSNR in dB  corrupted{steps}{'E clean':>10}{'corrupted':>11}{'restored':>10}"
-                  f"{'E clean lower':>15}{'step lowers E':>15}")
-        print(f"{task:<12}" + "".join(f"{value:9.2f}" for value in decibels)
-              + f"{row['energy_clean']:10.3f}{row['energy_corrupted']:11.3f}"
+        print(f"{task:<12}{decibels(row)}{row['energy_clean']:10.3f}{row['energy_corrupted']:11.3f}"
               f"{row['energy_restored']:10.3f}{row['order']:15.1%}{row['descent']:15.1%}")
         if task == "mim":
-            decibels = [row["psnr_corrupted_hidden"], *row["psnr_restored_hidden"]]
-            print("  hidden px " + "".join(f"{value:9.2f}" for value in decibels))
-
+            print("  hidden px " + decibels(row, "_hidden"))
 
 @torch.no_grad()
 def draw_picture(pretrainer, images, tasks, options):
@@ -728,7 +669,8 @@ def draw_picture(pretrainer, images, tasks, options):
         x_tilde = corrupt(images, task, generator, **options)
         x_hat = restore(pretrainer.model, x_tilde, pretrainer.log_alpha.exp(), pretrainer.num_steps)
         rows += [images, x_tilde, *x_hat]
-        names += [f"{task}: clean", "corrupted", *(f"restored, step {k + 1}" for k in range(len(x_hat)))]
+        names += [f"{task}: clean", "corrupted"]
+        names += [f"restored, step {k + 1}" for k in range(len(x_hat))]
     tiles = torch.cat(rows).float().cpu().clamp(-1, 1) / 2 + 0.5
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))     # nearest neighbour
     grid = torchvision.utils.make_grid(tiles, nrow=len(images), padding=4, pad_value=1.0)
@@ -739,12 +681,11 @@ def draw_picture(pretrainer, images, tasks, options):
         ImageDraw.Draw(picture).text((8, middle - 4), name, fill="black")
     return picture
 
-
 def report(args, pretrainer, images):
     """Evaluate, print the table, write OUT/metrics.json and OUT/restorations.png."""
     tasks, options = args.task.split(","), corruption_options(args)
     metrics = evaluate(pretrainer, images, tasks, options)
-    print_table(metrics)
+    print_table(metrics, args.num_steps)
     try:
         Path(args.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
         picture = draw_picture(pretrainer, images[:8], tasks, options)
@@ -754,11 +695,9 @@ def report(args, pretrainer, images):
     print(f"\nmetrics.json and restorations.png are in {args.out}")
     return metrics
 
-
 # ---- 10. Training ------------------------------------------------------------------------------
 
 LOG_EVERY = 50
-
 
 def try_compile(pretrainer, batch_size, image_size, device):
     """Compile the loss, restoration and all, into one graph; keep the eager one if that fails."""
@@ -772,11 +711,9 @@ def try_compile(pretrainer, batch_size, image_size, device):
         print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)
     pretrainer.zero_grad(set_to_none=True)
 
-
 def autocast(device):
     """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
 
 def train_step(module, optimizer, x, x_tilde, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
@@ -791,22 +728,20 @@ def train_step(module, optimizer, x, x_tilde, rate):
     optimizer.step()
     return torch.stack([loss.detach(), norm])
 
-
 def check_finite(recent, step):
-    """The mean loss and last gradient norm of the `recent` train_steps, the last of which was `step`.
+    """The mean loss and last gradient norm of the `recent` train_steps, the last being `step`.
     Until here they stay on the device, so that nothing waits for them. Being averaged over all
-    processes they make all of them raise the same UserError, which names the first bad step."""
+    processes, they make all raise the same UserError, which names the first bad step."""
     values = torch.stack(recent)                                                # (steps, 2)
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
     for i, (loss, norm) in enumerate(values.tolist()):
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step - len(recent) + 1 + i}: loss {loss}, gradient norm {norm}; "
-                            "the last checkpoint is whole; try a lower --lr")
+            raise UserError(f"step {step - len(recent) + 1 + i}: loss {loss}, gradient norm {norm}"
+                            "; the last checkpoint is whole; try a lower --lr")
     recent.clear()
     return values[:, 0].mean().item(), values[-1, 1].item()
-
 
 def log_progress(record, args):
     """One line to the screen, overwritten if that is a terminal, and one to OUT/log.jsonl."""
@@ -818,9 +753,9 @@ def log_progress(record, args):
             f"{r['psnr_corrupted']:5.2f} -> {r['psnr_restored'][-1]:5.2f} dB  E clean "
             f"{r['energy_clean']:.2f} corrupted {r['energy_corrupted']:.2f} restored "
             f"{r['energy_restored']:.2f}  alpha {r['alpha']:.1f}  grad {r['gradient_norm']:.3f}  "
-            f"lr {r['lr']:.1e}  {r['images_per_second']:.0f} images/s  {left // 60:.0f}:{left % 60:02.0f} left")
+            f"lr {r['lr']:.1e}  {r['images_per_second']:.0f} images/s  "
+            f"{left // 60:.0f}:{left % 60:02.0f} left")
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
-
 
 def train(args, pretrainer, optimizer, crops, device, first_step):
     """Take the steps after first_step up to max_steps, logging and saving on the way."""
@@ -852,59 +787,42 @@ def train(args, pretrainer, optimizer, crops, device, first_step):
         if save and rank == 0:
             save_checkpoint(args, pretrainer, optimizer, step)
 
-
 # ---- 11. Command line --------------------------------------------------------------------------
 
-def number(kind, low, high=math.inf, low_included=True):
-    """An argparse type: a number of this kind in [low, high), or in (low, high)."""
-    def parse(text):
-        value = kind(text)
-        if not (low <= value < high and (low_included or value != low)):
-            limits = f"{'at least' if low_included else 'above'} {low}"
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be {limits}" + f" and below {high}" * (high < math.inf))
-        return value
-    parse.__name__ = "whole number" if kind is int else "number"      # for argparse's message
-    return parse
-
-
-COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 0, low_included=False)
 FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--task", str, "all", f"one of {', '.join(TASKS)}, a comma list, or all"),
     ("--data", str, "procedural", "procedural (landscapes drawn on the spot), a folder of images, "
      f"or {', '.join(NAMED_DATA)} (downloaded to ./data)"),
     ("--model", str, ("nano", "small"), f"{', '.join(VIT_SIZES)}, or a classification model of "
      "torchvision such as resnet18"),
-    ("--image-size", COUNT, (32, 224), "side of the images in pixels"),
-    ("--patch-size", COUNT, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
-    ("--epochs", COUNT, (None, 100), f"passes over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
-    ("--max-steps", COUNT, (600, None), "optimiser steps, if --epochs does not end before"),
-    ("--batch-size", COUNT, (32, 1024), "images per optimiser step, over all processes"),
-    ("--lr", POSITIVE, (6e-3, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
-    ("--weight-decay", number(float, 0), 0.05, "AdamW's, on matrices only"),
-    ("--warmup-steps", WHOLE, None, "of the learning rate (default: 1/20 of all steps)"),
-    ("--num-steps", COUNT, 1, "K, restoration steps"),
-    ("--alpha", POSITIVE, 64.0, "step size that restoration begins training with"),
-    ("--mask-ratio", number(float, 0, 1, False), 0.5, "mim: share of the blocks that is hidden"),
-    ("--mask-grid", COUNT, 8, "mim: blocks per side"),
-    ("--sort-grid", COUNT, 4, "sort: pieces per side"),
-    ("--sr-factor", COUNT, 4, "sr: how many times smaller"),
-    ("--noise-std", POSITIVE, 0.5, "denoise: standard deviation, the pixels' range being 2"),
+    ("--image-size", int, (32, 224), "side of the images in pixels"),
+    ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
+    ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
+    ("--max-steps", int, (1800, None), "optimiser steps, if --epochs does not end before"),
+    ("--batch-size", int, (16, 1024), "images per optimiser step, over all processes"),
+    ("--lr", float, (8e-3, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
+    ("--weight-decay", float, 0.05, "AdamW's, on matrices only"),
+    ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
+    ("--num-steps", int, 1, "K, restoration steps"),
+    ("--alpha", float, 256.0, "step size that restoration begins training with"),
+    ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
+    ("--mask-grid", int, 8, "mim: blocks per side"),
+    ("--sort-grid", int, 4, "sort: pieces per side"),
+    ("--sr-factor", int, 4, "sr: how many times smaller"),
+    ("--noise-std", float, 0.5, "denoise: standard deviation, the pixels' range being 2"),
     ("--out", str, None, "folder for all that the run writes (default: runs/TASK)"),
-    ("--save-every", COUNT, 500, "optimiser steps between checkpoints"),
+    ("--save-every", int, 500, "optimiser steps between checkpoints"),
     ("--resume", bool, True, "go on from the checkpoint in --out if there is one"),
     ("--evaluate", None, False, "train nothing: table and picture of the checkpoint in --out"),
     ("--compile", bool, (False, True), "torch.compile: takes a minute or two, pays on long runs"),
-    ("--workers", WHOLE, min(8, max(1, (os.cpu_count() or 1) // 2)), "decoders per process"),
-    ("--seed", WHOLE, 0, "of all that is random"),
+    ("--workers", int, min(8, max(1, (os.cpu_count() or 1) // 2)), "decoders per process"),
+    ("--seed", int, 0, "of all that is random"),
     ("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N"),
 )
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message + "; see --help")
-
 
 def parse_args(argv):
     """The whole configuration: what was typed, over that of the checkpoint (if --evaluate), over
@@ -917,7 +835,7 @@ def parse_args(argv):
         elif default is not None:
             meaning += f" (default: {default})"
         parser.add_argument(flag, help=meaning, default=None, **action.get(kind, {"type": kind}))
-    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    typed = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
     on_cuda = typed.get("device", FLAGS[-1][2]).startswith("cuda")
     for flag, _, default, _ in FLAGS:
         name = flag[2:].replace("-", "_")
@@ -933,30 +851,35 @@ def parse_args(argv):
     check_args(args)
     return args
 
-
 def check_args(args):
-    """Raise UserError if values that are fine one by one do not fit together, or a name is unknown."""
+    """Raise UserError at the first value that makes no sense or does not fit the others."""
+    def require(holds, name, expected):
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
     tasks, processes = args.task.split(","), process_place()[1]
-    if not set(tasks) <= set(TASKS):
-        raise UserError(f"--task {args.task}: choose from {', '.join(TASKS)}, or all")
-    if args.model not in [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]:
-        raise UserError(f"--model {args.model}: choose from {', '.join(VIT_SIZES)}, or a "
-                        "classification model of torchvision")
-    if args.batch_size % processes:
-        raise UserError(f"--batch-size {args.batch_size}: must be a multiple of the {processes} processes")
+    require(set(tasks) <= set(TASKS), "task", f"choose from {', '.join(TASKS)}, or all")
+    models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
+    require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
+            "classification model of torchvision")
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            if name in ("weight_decay", "warmup_steps", "workers", "seed"):
+                require(0 <= value < math.inf, name, "must be 0 or more")
+            else:
+                require(0 < value < math.inf, name, "must be above 0")
+    require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
+    require(args.batch_size % processes == 0, "batch_size",
+            f"must be a multiple of the {processes} processes")
     for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
                        ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
-        if used and args.image_size % (getattr(args, name) or 4):
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must divide the image "
-                            f"size, {args.image_size}")
-
+        require(not used or args.image_size % (getattr(args, name) or 4) == 0, name,
+                f"must divide the image size, {args.image_size}")
 
 def corruption_options(args):
     return {name: getattr(args, name) for _, names in CORRUPTIONS.values() for name in names}
 
-
 def build_pretrainer(args, images):
-    """The energy in its Pretrainer, ready to train: weights from the seed, the unused ones frozen."""
+    """The energy in its Pretrainer: weights drawn from the seed, the unused ones frozen."""
     torch.manual_seed(args.seed)
     try:
         model = build_model(args.model, args.image_size, args.patch_size).to(images.device)
@@ -968,21 +891,20 @@ def build_pretrainer(args, images):
     freeze_unused(pretrainer, images[:2])
     return pretrainer
 
-
 def describe(args, device, pretrainer, crops):
     """Print everything that was resolved."""
-    processes, parameters = process_place()[1], sum(p.numel() for p in pretrainer.model.parameters())
-    name, precision = str(device), "float32"
-    if device.type == "cuda":
-        name, precision = torch.cuda.get_device_name(device), "bfloat16 autocast with TF32"
+    processes, cuda = process_place()[1], device.type == "cuda"
     counts = "drawn as needed" if crops[0] is None else \
         f"{len(crops[0].source)} images to train on, {len(crops[1].source)} held out"
-    print0(f"device    {name}, {processes} process(es), {precision}{', compiled' * args.compile}, "
-           f"torch {torch.__version__}\ndata      {args.data}, {counts}\n"
-           f"model     {args.model}, {parameters:,} parameters, {args.image_size} px\n"
+    print0(f"device    {torch.cuda.get_device_name(device) if cuda else device}, {processes} "
+           f"process(es), {'bfloat16 autocast, TF32' if cuda else 'float32'}, torch "
+           f"{torch.__version__}\n"
+           f"data      {args.data}, {counts}\nmodel     {args.model}, "
+           f"{sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, "
+           f"{args.image_size} px{', compiled' * args.compile}\n"
            f"training  {args.task}; {args.max_steps} steps of {args.batch_size} images, "
-           f"{args.batch_size // processes} per process; K = {args.num_steps}\noutput    {args.out}")
-
+           f"{args.batch_size // processes} per process; K = {args.num_steps}\n"
+           f"output    {args.out}")
 
 def run(args):
     device = set_up_device(args)
@@ -994,7 +916,8 @@ def run(args):
         args.max_steps = min(limit, args.max_steps or limit)
     if args.warmup_steps is None:
         args.warmup_steps = args.max_steps // 20
-    pretrainer = build_pretrainer(args, next(image_batches(args, crops[0], device, 32, [0], seed=-2)))
+    some_images = next(image_batches(args, crops[0], device, 32, [0], seed=-2))
+    pretrainer = build_pretrainer(args, some_images)
     describe(args, device, pretrainer, crops)
     if args.evaluate:
         load_checkpoint(args.out, pretrainer)
@@ -1013,18 +936,15 @@ def run(args):
         dist.destroy_process_group()
     return metrics
 
-
 def main(argv=None):
-    """Pretrain or evaluate as the command line says; return {task: {metric: value}} (see `evaluate`;
-    under torchrun on rank 0 only). A mistake of the user's is one line on stderr and SystemExit(2).
-    """
+    """Pretrain or evaluate as the command line says; return {task: {metric: value}}, see `evaluate`
+    (under torchrun on rank 0). A mistake of the user's is one line on stderr and SystemExit(2)."""
     try:
         return run(parse_args(argv))
     except UserError as error:
         fail(error)
     except torch.OutOfMemoryError:
         fail("out of device memory; a smaller --batch-size or --model would fit")
-
 
 if __name__ == "__main__":
     main()
