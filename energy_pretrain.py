@@ -56,7 +56,7 @@ from torchvision.transforms import v2
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
     B, C, H, W = x.shape
-    x = x.view(B, C, H // patch, patch, W // patch, patch)      # (B, C, H/P, P, W/P, P)
+    x = x.reshape(B, C, H // patch, patch, W // patch, patch)   # (B, C, H/P, P, W/P, P)
     return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)        # (B, N, C*P*P)
 
 def unpatchify(patches, patch, height):
