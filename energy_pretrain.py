@@ -203,8 +203,8 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, 1, bias=False)
         for name, p in self.named_parameters():
-            if name.endswith(("_token", "_embed")):     # as large as the patches: at the usual 0.02
-                nn.init.normal_(p, std=0.3)             # all tasks took twice as many steps
+            if name.endswith(("_token", "_embed")):
+                nn.init.normal_(p, std=0.3)     # near the size of embedded patches; usual is 0.02
             elif p.ndim > 1:
                 nn.init.xavier_uniform_(p.view(len(p), -1))     # a patch counted as one vector
             elif name.endswith("bias"):
@@ -814,7 +814,7 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--save-every", int, 500, "optimiser steps between checkpoints"),
     ("--resume", bool, True, "go on from the checkpoint in --out if there is one"),
     ("--evaluate", None, False, "train nothing: table and picture of the checkpoint in --out"),
-    ("--compile", bool, (False, True), "torch.compile: takes a minute or two, pays on long runs"),
+    ("--compile", bool, (False, True), "torch.compile the loss with its inner gradient"),
     ("--workers", int, min(8, max(1, (os.cpu_count() or 1) // 2)), "decoders per process"),
     ("--seed", int, 0, "of all that is random"),
     ("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N"),
