@@ -31,11 +31,16 @@ The paper's hyper-parameters are not known to us; every default below is our cho
 """
 
 import argparse
+import contextlib
+import copy
 import json
 import math
 import os
+import signal
+import statistics
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -47,7 +52,11 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
+
+class UserError(Exception):
+    """What the person at the command line can put right: one line, exit status 2, no traceback."""
 
 # ---- 1. Images and patches ---------------------------------------------------------------------
 # Pixels lie in [-1, 1] (mean 0.5 and standard deviation 0.5, as timm's ViTs expect), so that zero
@@ -68,7 +77,7 @@ def unpatchify(patches, patch, height):
 
 def psnr(mean_squared_error):
     """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
-    return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
+    return 10 * torch.tensor(4 / max(mean_squared_error, 1e-12), dtype=torch.float64).log10().item()
 
 def make_generator(device, *key):
     """A generator that is a pure function of integers such as (seed, step, rank): no random state
@@ -186,8 +195,12 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer whose forward pass is the energy of Eq. (1): (B, 3, H, W) -> (B,).
 
-    The read-out is linear on the mean token: one vector of D numbers is all that is lost with it.
-    It starts at zero, where E has no gradient, so restoration begins as the identity.
+    The read-out compares: each patch as it came in, embedded, times what the last layer, which has
+    seen all the others, says in its place; of these products the mean, weighted by D numbers. Where
+    a patch differs from what the others let expect, the energy slopes towards the expected: this
+    first term of the gradient is there whatever the layers below carry back. (Reading the mean
+    token alone took three times as many steps to restore as well.) The D weights start at zero,
+    where E has no gradient, so restoration begins as the identity.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=4, num_heads=3):
@@ -211,45 +224,61 @@ class ViT(nn.Module):
                 nn.init.zeros_(p)
         nn.init.zeros_(self.head.weight)
 
-    def features(self, x):
-        """The representation: images (B, 3, H, W) -> tokens (B, N+1, D), class token first."""
+    def embed(self, x):
+        """What every patch is, on its own: images (B, 3, H, W) -> (B, N, D)."""
         proj = self.patch_embed.proj    # a convolution with stride P: one linear map of each patch
-        x = F.linear(patchify(x, self.patch_size), proj.weight.flatten(1), proj.bias)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N+1, D)
+        return F.linear(patchify(x, self.patch_size), proj.weight.flatten(1), proj.bias)
+
+    def encode(self, patches):
+        """What the network makes of them: (B, N, D) -> tokens (B, N+1, D), class token first."""
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = block(x)                                                        # (B, N+1, D)
         return self.norm(x)
 
-    def forward(self, x):
-        return self.head(self.features(x).mean(1)).squeeze(1)                   # Eq. (1): (B,)
+    def features(self, x):
+        """All tokens of images (B, 3, H, W): (B, N+1, D), class token first."""
+        return self.encode(self.embed(x))
 
-def find_head(net):
-    """Name of the energy read-out: the last layer of a network that has a single output."""
-    return [name for name, module in net.named_modules()
-            if 1 in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0))][-1]
+    def represent(self, x):
+        """One vector for each image, for a classifier: (B, 3, H, W) -> (B, D)."""
+        return self.features(x)[:, 1:].mean(1)
+
+    def forward(self, x):
+        patches = self.embed(x)                                                 # (B, N, D)
+        agreement = (patches * self.encode(patches)[:, 1:]).mean(1)             # (B, D)
+        return self.head(agreement).squeeze(1)                                  # Eq. (1): (B,)
 
 def backbone_state(model):
     """The weights of use elsewhere: all but the read-out, under the network's own names."""
-    net = getattr(model, "net", model)
-    head = find_head(net) + "."
-    return {name: value for name, value in net.state_dict().items() if not name.startswith(head)}
+    state = getattr(model, "net", model).state_dict()
+    return {name: value for name, value in state.items() if name != "head.weight"}
 
 class TorchvisionEnergy(nn.Module):
-    """Any torchvision classification network, built with one output: (B, 3, H, W) -> (B,)."""
+    """Any torchvision classification network, its classifier replaced by one energy read-out."""
 
     def __init__(self, name, image_size):
         super().__init__()
         sizes = {"vit": {"image_size": image_size}, "maxvit": {"input_size": (image_size,) * 2}}
-        self.net = torchvision.models.get_model(
-            name, weights=None, num_classes=1, **sizes.get(name.split("_")[0], {}))
-        nn.init.zeros_(self.net.get_submodule(find_head(self.net)).weight)
+        options = sizes.get(name.split("_")[0], {})
+        self.net = torchvision.models.get_model(name, weights=None, **options)
+        path, classifier = list(self.net.named_modules())[-1]
+        if not isinstance(classifier, nn.Linear):
+            raise ValueError("this network does not end in a linear layer")
+        self.net.set_submodule(path, nn.Identity())
+        self.head = nn.Linear(classifier.in_features, 1, bias=False)
+        nn.init.zeros_(self.head.weight)
         for module in self.net.modules():           # writing in place would destroy what the
             if hasattr(module, "inplace"):          # second backward pass still needs
                 module.inplace = False
 
-    def forward(self, x):
+    def represent(self, x):
+        """One vector for each image, for a classifier: (B, 3, H, W) -> (B, D)."""
         with sdpa_kernel(SDPBackend.MATH):          # the one backend with a second derivative
-            return self.net(x).flatten()
+            return self.net(x)
+
+    def forward(self, x):
+        return self.head(self.represent(x)).squeeze(1)
 
 VIT_SIZES = {   # name: width D, depth, heads h
     "nano": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
@@ -314,9 +343,9 @@ class Pretrainer(nn.Module):
 def freeze_unused(pretrainer, x):
     """Freeze the parameters that never enter dE/dx; return their names.
 
-    What only shifts the energy (the bias of the read-out, that of a LayerNorm right before it) has
-    no part in its gradient, so it never learns, and DDP would wait for it for ever. One dry run
-    finds such parameters in any network. UserError if none can be trained through dE/dx.
+    What only shifts the energy has no part in its gradient, so it never learns, and DDP would wait
+    for it for ever: that is why the read-out has no bias, and the last LayerNorm of vit_b_16 loses
+    its own. One dry run finds such parameters in any network. UserError if no other is found.
     """
     try:
         pretrainer(x, x / 2).backward()
@@ -336,10 +365,10 @@ def freeze_unused(pretrainer, x):
 
 EPOCH_OF_LANDSCAPES = 1_281_167     # they have no end; as many as ImageNet-1K count as one epoch
 HELD_OUT = 256                      # crops of images never trained on that a run is evaluated on
-NAMED_DATA = {  # name: (torchvision's class, its training split, its held-out split)
-    "cifar10": (torchvision.datasets.CIFAR10, {"train": True}, {"train": False}),
-    "cifar100": (torchvision.datasets.CIFAR100, {"train": True}, {"train": False}),
-    "stl10": (torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}),
+NAMED_DATA = {  # name: (torchvision's class, its training split, its held-out split, classes)
+    "cifar10": (torchvision.datasets.CIFAR10, {"train": True}, {"train": False}, 10),
+    "cifar100": (torchvision.datasets.CIFAR100, {"train": True}, {"train": False}, 100),
+    "stl10": (torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}, 10),
 }
 
 def draw_landscapes(batch_size, size, generator):
@@ -400,47 +429,55 @@ def read_image(path, short_side):
     return image if scale >= 1 else image.resize([max(1, round(n * scale)) for n in image.size])
 
 class Crops(torch.utils.data.Dataset):
-    """Random crops: item (index, seed) -> (uint8 pixels (3, S, S), names of unreadable files).
+    """Random crops: item (index, seed) -> (pixels, uint8 (3, S, S); label; unreadable files).
 
-    source: a list of paths, or a torchvision dataset of (PIL image, label). Crop and flip follow
-    from the seed. A file that cannot be decoded is replaced by the next. Shrunken images are kept,
-    up to 256 MiB a worker, so that a small folder of large photographs is decoded only once.
+    source: a sequence of (path or PIL image, label). Crop and flip follow from the seed. A file
+    that cannot be decoded is replaced by the next. Shrunken images are kept, up to 256 MiB a
+    worker, so that a small folder of large photographs is decoded only once.
     """
 
     def __init__(self, source, image_size):
-        self.source, self.short_side, self.cache = source, 2 * image_size, {}
-        self.crop = v2.Compose([    # a quarter of the area of a shrunken image fills a crop
-            v2.RandomResizedCrop(image_size, scale=(0.25, 1.0), antialias=True),
-            v2.RandomHorizontalFlip(), v2.PILToTensor()])
+        self.source, self.short_side, self.cache, self.named = source, 3 * image_size, {}, {""}
+        self.crop = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True),
+                                v2.RandomHorizontalFlip(), v2.PILToTensor()])
 
     def load(self, index):
-        if not isinstance(self.source, list):
-            return self.source[index][0].convert("RGB")
-        image = self.cache.get(index) or read_image(self.source[index], self.short_side)
-        if len(self.cache) < 2**28 // (4 * self.short_side**2):
-            self.cache[index] = image
-        return image
+        if index not in self.cache:
+            image, label = self.source[index]
+            image = read_image(image, self.short_side) if isinstance(image, str) else \
+                image.convert("RGB")
+            if len(self.cache) >= 2**28 // (4 * self.short_side**2):
+                return image, label
+            self.cache[index] = image, label
+        return self.cache[index]
 
     def __getitem__(self, key):
         index, seed = key
-        unreadable, image = [], None
+        unreadable, image, label = [], None, 0
         while image is None and len(unreadable) < 100:
             try:
-                image = self.load(index)
+                image, label = self.load(index)
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                unreadable.append(self.source[index])       # what Pillow raises on damaged files
+                unreadable.append(self.source[index][0])    # what Pillow raises on damaged files
                 index = (index + 1) % len(self.source)
         image = image or Image.new("RGB", (1, 1))           # `image_batches` ends the run
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
             torch.manual_seed(seed)
-            return self.crop(image), "\0".join(unreadable)
+            return self.crop(image), label, "\0".join(unreadable)
 
 def open_data(args):
-    """The training and the held-out images as two `Crops`, or (None, None) for the landscapes."""
+    """The training and the held-out images as `Crops`, (None, None) for the endless landscapes, and
+    the number of classes: the folders right below DIR. args.labels keeps that many images only."""
     if args.data == "procedural":
-        return None, None
+        if args.labels is None:
+            return None, None, 4
+        drawn = draw_landscapes(args.labels, args.image_size, make_generator("cpu", args.seed, -3))
+        source = [(v2.functional.to_pil_image(x / 2 + 0.5), int(label)) for x, label in zip(*drawn)]
+        return Crops(source, args.image_size), None, 4
     if args.data in NAMED_DATA:
-        dataset, *splits = NAMED_DATA[args.data]
+        dataset, *splits, classes = NAMED_DATA[args.data]
+        if args.finetune and args.data == "stl10":
+            splits[0] = {"split": "train"}                  # the labelled part
         rank, processes, _ = process_place()
         try:                            # rank 0 downloads, then the others find the files there
             if rank > 0:
@@ -456,10 +493,17 @@ def open_data(args):
         endings = torchvision.datasets.folder.IMG_EXTENSIONS + (".gif",)
         files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(args.data)
                        for name in names if name.lower().endswith(endings))
+        files = [f for f in files if os.path.isfile(f)]     # a pipe would be waited for
         if len(files) < 2:
             raise UserError(f"--data {args.data}: {len(files)} image files there or below, needs 2")
-        sources = [[f for i, f in enumerate(files) if i % 10], files[::10]]     # a tenth held out
-    return tuple(Crops(source, args.image_size) for source in sources)
+        kinds = [os.path.relpath(os.path.dirname(f), args.data).split(os.sep)[0] for f in files]
+        number = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
+        pairs = [(f, number[kind]) for f, kind in zip(files, kinds)]
+        classes, sources = len(number), [[p for i, p in enumerate(pairs) if i % 10], pairs[::10]]
+    if args.labels is not None:
+        order = torch.randperm(len(sources[0]), generator=make_generator("cpu", args.seed, -3))
+        sources[0] = torch.utils.data.Subset(sources[0], order[:args.labels].tolist())
+    return *(Crops(source, args.image_size) for source in sources), classes
 
 def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
     """For every step this process's part of the global batch, as keys (index, seed) for `Crops`.
@@ -478,22 +522,24 @@ def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
         yield keys
 
 def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_size=1, workers=0):
-    """Yield this process's clean images (B, 3, S, S), in [-1, 1], of each of the given steps."""
+    """Yield this process's clean images (B, 3, S, S), in [-1, 1], and their labels (B,), for each
+    of the given steps."""
     if crops is None:
         for step in steps:
             generator = make_generator(device, seed, step, rank)
-            yield draw_landscapes(batch_size // world_size, args.image_size, generator)[0]
+            yield draw_landscapes(batch_size // world_size, args.image_size, generator)
         return
-    keys, named = crop_keys(len(crops.source), batch_size, steps, seed, rank, world_size), {""}
-    for pixels, unreadable in torch.utils.data.DataLoader(
+    keys = crop_keys(len(crops.source), batch_size, steps, seed, rank, world_size)
+    for pixels, labels, unreadable in torch.utils.data.DataLoader(
             crops, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda"):
         for paths in unreadable:
-            for path in set(paths.split("\0")) - named:        # each file is named once
+            for path in set(paths.split("\0")) - crops.named:      # each file is named once
                 print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
-                named.add(path)
+                crops.named.add(path)
             if paths.count("\0") == 99:
                 raise UserError(f"--data {args.data}: 100 unreadable images on end, up to {path!r}")
-        yield pixels.to(device, non_blocking=True).float() / 127.5 - 1
+        pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
+        yield pixels.float() / 127.5 - 1, labels
 
 # ---- 6. Optimiser and schedule -----------------------------------------------------------------
 
@@ -505,20 +551,17 @@ def build_optimizer(pretrainer, weight_decay):
               {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
 
-def learning_rate(step, lr, batch_size, warmup_steps, max_steps):
+def learning_rate(args, step):
     """The rate of 0-based `step`: linear warm-up, then half a cosine to zero. The peak is
     lr * sqrt(batch_size / 256), the scaling rule of adaptive optimisers (Malladi et al., 2022)."""
-    peak = lr * math.sqrt(batch_size / 256)
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * (1 + math.cos(math.pi * (step - warmup_steps) / (max_steps - warmup_steps))) / 2
+    peak, warmup = args.lr * math.sqrt(args.batch_size / 256), args.warmup_steps
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (args.max_steps - warmup))) / 2
 
 # ---- 7. Processes and errors -------------------------------------------------------------------
 # torchrun starts one process per GPU and tells each its place in environment variables. A process
 # alone is the same program in a world of one.
-
-class UserError(Exception):
-    """What the person at the command line can put right: one line, exit status 2, no traceback."""
 
 def process_place():
     """(rank, number of processes, rank on this machine)"""
@@ -554,62 +597,68 @@ def fail(error):
     print("energy_pretrain.py: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
-# ---- 8. Checkpoints ----------------------------------------------------------------------------
+# ---- 8. Files and checkpoints ------------------------------------------------------------------
 # Plain dicts of tensors, numbers and strings, so that loading one can run no code.
 
-FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every"}
+FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every", "lr"}
 
-def save_checkpoint(args, pretrainer, optimizer, step):
-    """Write OUT/checkpoint.pt, all that resuming needs, and OUT/backbone.pt, the weights to use:
-    each under a temporary name first and then moved, so that a path never holds half a file."""
-    files = {"backbone.pt": backbone_state(pretrainer.model), "checkpoint.pt": {
-        "pretrainer": pretrainer.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-        "config": vars(args), "versions": [str(torch.__version__), str(torchvision.__version__)]}}
-    for name, value in files.items():
-        path, temporary = Path(args.out, name), Path(args.out, name + ".tmp")
-        try:
-            torch.save(value, temporary)
-            os.replace(temporary, path)
-        except (OSError, RuntimeError) as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path}: cannot be written ({error})")
-
-def load_checkpoint(out, pretrainer=None):
-    """Read OUT/checkpoint.pt, and its weights into the pretrainer. UserError if it does not fit."""
-    path = Path(out, "checkpoint.pt")
-    if not path.is_file():
-        raise UserError(f"{path}: no checkpoint there; train first, or give the --out of a run")
+def write_file(args, name, write):
+    """Let write(path) write OUT/name: under another name first and then moved into place, so that
+    whatever happens, the path holds the old file or the new one, never half of it."""
+    path, unfinished = Path(args.out, name), Path(args.out, "unfinished-" + name)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if pretrainer is not None:
-            pretrainer.load_state_dict(checkpoint["pretrainer"])
-        return {name: checkpoint[name] for name in ("config", "step", "optimizer")}
-    except Exception as error:      # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path}: no checkpoint of this script and model ({type(error).__name__})")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:        # torch.save turns the former into the latter
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error})".split("\n")[0])
 
-def resume(args, pretrainer, optimizer):
+def save_checkpoint(args, module, optimizer, step):
+    """Write OUT/backbone.pt, the weights to use, and OUT/checkpoint.pt, all that resuming needs."""
+    checkpoint = {
+        "module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
+        "config": vars(args), "versions": [str(torch.__version__), str(torchvision.__version__)]}
+    backbone = backbone_state(module.model)
+    write_file(args, "backbone.pt", lambda path: torch.save(backbone, path))
+    write_file(args, "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+
+def load_checkpoint(path, module=None, optimizer=None):
+    """Read a checkpoint, and its state into what is given; return (configuration, step). UserError
+    if there is none, or it is damaged, or it does not fit."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no checkpoint there; train first, or name that of a run")
+    try:
+        if zipfile.ZipFile(path).testzip():         # torch.load does not check the checksums
+            raise ValueError("checksum")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if module is not None:
+            module.load_state_dict(checkpoint["module"])
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint["optimizer"])
+        return dict(checkpoint["config"]), int(checkpoint["step"])
+    except Exception as error:      # a damaged file can make the unpickler raise anything
+        raise UserError(f"{path}: no checkpoint of this script and model, or a damaged one "
+                        f"({type(error).__name__}); another --out or --no-resume starts afresh")
+
+def resume(args, module, optimizer):
     """Go on from OUT's checkpoint if there is one; return the number of steps already taken. Lines
     that the log gained after the checkpoint are cut off: those steps will be taken again."""
-    step, log = 0, Path(args.out, "log.jsonl")
-    if args.resume and Path(args.out, "checkpoint.pt").exists():
-        checkpoint = load_checkpoint(args.out)
-        now, then = vars(args), checkpoint["config"]
-        differing = [f"{name} ({then.get(name)} there, {now[name]} now)" for name in sorted(now)
-                     if name not in FREE_FIELDS and now[name] != then.get(name)]
+    step, log, path = 0, Path(args.out, "log.jsonl"), Path(args.out, "checkpoint.pt")
+    if args.resume and path.exists():
+        then, step = load_checkpoint(path)
+        differing = [f"{name} ({then.get(name)} there, {now} now)"
+                     for name, now in sorted(vars(args).items())
+                     if name not in FREE_FIELDS and now != then.get(name)]
         if differing:
-            raise UserError(f"{args.out}/checkpoint.pt has another configuration, "
-                            f"{'; '.join(differing)}: take another --out, or --no-resume")
-        load_checkpoint(args.out, pretrainer)
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        step = checkpoint["step"]
+            raise UserError(f"{path} has another configuration, {'; '.join(differing)}: "
+                            "take another --out, or --no-resume")
+        load_checkpoint(path, module, optimizer)
         print0(f"resuming  after step {step}")
     if process_place()[0] == 0:
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-            log.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
-        except OSError as error:
-            raise UserError(f"--out {args.out}: cannot be written to ({error})")
+        lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        write_file(args, "log.jsonl", lambda path: path.write_text(kept))
     return step
 
 # ---- 9. Evaluation -----------------------------------------------------------------------------
@@ -682,17 +731,12 @@ def draw_picture(pretrainer, images, tasks, options):
     return picture
 
 def report(args, pretrainer, images):
-    """Evaluate, print the table, write OUT/metrics.json and OUT/restorations.png."""
+    """Evaluate, print the table, write OUT/restorations.png; return the metrics."""
     tasks, options = args.task.split(","), corruption_options(args)
     metrics = evaluate(pretrainer, images, tasks, options)
     print_table(metrics, args.num_steps)
-    try:
-        Path(args.out, "metrics.json").write_text(json.dumps(metrics, indent=1))
-        picture = draw_picture(pretrainer, images[:8], tasks, options)
-        picture.save(Path(args.out, "restorations.png"))
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written to ({error})")
-    print(f"\nmetrics.json and restorations.png are in {args.out}")
+    picture = draw_picture(pretrainer, images[:8], tasks, options)
+    write_file(args, "restorations.png", picture.save)
     return metrics
 
 # ---- 10. Training ------------------------------------------------------------------------------
@@ -715,12 +759,12 @@ def autocast(device):
     """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-def train_step(module, optimizer, x, x_tilde, rate):
+def train_step(module, optimizer, inputs, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    with autocast(x.device):
-        loss = module(x, x_tilde)
+    with autocast(inputs[0].device):
+        loss = module(*inputs)
     optimizer.zero_grad()
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -745,49 +789,201 @@ def check_finite(recent, step):
 
 def log_progress(record, args):
     """One line to the screen, overwritten if that is a terminal, and one to OUT/log.jsonl."""
-    with open(Path(args.out, "log.jsonl"), "a") as file:
-        file.write(json.dumps(record) + "\n")
+    try:
+        with open(Path(args.out, "log.jsonl"), "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"{args.out}/log.jsonl: cannot be written ({error})")
     r, terminal = record, sys.stdout.isatty()
     left = (args.max_steps - r["step"]) * args.batch_size / r["images_per_second"]
-    line = (f"step {r['step']:>5}/{args.max_steps}  loss {r['loss']:.4f}  {r['task']:>7} "
-            f"{r['psnr_corrupted']:5.2f} -> {r['psnr_restored'][-1]:5.2f} dB  E clean "
-            f"{r['energy_clean']:.2f} corrupted {r['energy_corrupted']:.2f} restored "
-            f"{r['energy_restored']:.2f}  alpha {r['alpha']:.1f}  grad {r['gradient_norm']:.3f}  "
-            f"lr {r['lr']:.1e}  {r['images_per_second']:.0f} images/s  "
+    what = f"accuracy {r['accuracy']:.1%}" if args.finetune else (
+        f"{r['task']:>7} {r['psnr_corrupted']:5.2f} -> {r['psnr_restored'][-1]:5.2f} dB  E clean "
+        f"{r['energy_clean']:.2f} corrupted {r['energy_corrupted']:.2f} restored "
+        f"{r['energy_restored']:.2f}  alpha {r['alpha']:.1f}")
+    line = (f"step {r['step']:>5}/{args.max_steps}  loss {r['loss']:.4f}  {what}  grad "
+            f"{r['gradient_norm']:.3f}  lr {r['lr']:.1e}  {r['images_per_second']:.0f} images/s  "
             f"{left // 60:.0f}:{left % 60:02.0f} left")
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
 
-def train(args, pretrainer, optimizer, crops, device, first_step):
-    """Take the steps after first_step up to max_steps, logging and saving on the way."""
+def corrupt_batch(args, x, step):
+    """Draw this step's task, the same on all processes, and corrupt images: (task, x_tilde)."""
+    tasks, shared = args.task.split(","), make_generator("cpu", args.seed, step)
+    task = tasks[int(torch.randint(len(tasks), (), generator=shared))]
+    generator = make_generator(x.device, args.seed, step, process_place()[0], 1)
+    strength = draw_strengths(len(x), generator)
+    return task, corrupt(x, task, generator, strength, **corruption_options(args))
+
+@contextlib.contextmanager
+def stop_signals(world_size):
+    """In here Ctrl-C and SIGTERM, by which machines are taken away, only leave a note. Gives a
+    function that all processes call after each step: the signal that reached any, or 0."""
+    received = [0]
+    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}
+    group = dist.new_group(backend="gloo") if world_size > 1 else None      # the GPU need not wait
+    def asked_to_stop():
+        latest = torch.tensor(received[-1])
+        if group is not None:
+            dist.all_reduce(latest, dist.ReduceOp.MAX, group)
+        return latest.item()
+    try:
+        yield asked_to_stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+def train(args, module, optimizer, crops, device, first_step):
+    """Take the steps after first_step up to max_steps, logging and saving on the way. module is a
+    Pretrainer, or with args.finetune a Classifier."""
     rank, world_size, _ = process_place()
-    tasks, options = args.task.split(","), corruption_options(args)
-    module = pretrainer if world_size == 1 else DistributedDataParallel(pretrainer)
+    wrapped = module if world_size == 1 else DistributedDataParallel(module)
     batches = image_batches(args, crops, device, args.batch_size, range(first_step, args.max_steps),
                             args.seed, rank, world_size, args.workers)
     recent, since, images_since = [], time.perf_counter(), 0
-    for step, x in enumerate(batches, first_step + 1):      # from 1: the step that is being taken
-        shared = make_generator("cpu", args.seed, step)     # the same task on all processes
-        task = tasks[int(torch.randint(len(tasks), (), generator=shared))]
-        generator = make_generator(device, args.seed, step, rank, 1)
-        x_tilde = corrupt(x, task, generator, draw_strengths(len(x), generator), **options)
-        rate = learning_rate(step - 1, args.lr, args.batch_size, args.warmup_steps, args.max_steps)
-        recent.append(train_step(module, optimizer, x, x_tilde, rate))
-        images_since += args.batch_size
-        log = step % LOG_EVERY == 0 or step == args.max_steps
-        save = step % args.save_every == 0 or step == args.max_steps
-        if log or save:
-            loss, norm = check_finite(recent, step)
-        if log and rank == 0:
-            speed = images_since / (time.perf_counter() - since)
-            log_progress({
-                "step": step, "task": task, "loss": loss, "gradient_norm": norm, "lr": rate,
-                "alpha": pretrainer.log_alpha.exp().item(), "images_per_second": speed,
-                **evaluate(pretrainer, x, [task], options)[task]}, args)
-            since, images_since = time.perf_counter(), 0
-        if save and rank == 0:
-            save_checkpoint(args, pretrainer, optimizer, step)
+    with stop_signals(world_size) as asked_to_stop:
+        for step, (x, labels) in enumerate(batches, first_step + 1):    # 1 is the first
+            task, target = (None, labels) if args.finetune else corrupt_batch(args, x, step)
+            rate = learning_rate(args, step - 1)
+            recent.append(train_step(wrapped, optimizer, (x, target), rate))
+            images_since += args.batch_size
+            log = step % LOG_EVERY == 0 or step == args.max_steps
+            stop = asked_to_stop()
+            save = step % args.save_every == 0 or step == args.max_steps or stop
+            if log or save:
+                loss, norm = check_finite(recent, step)
+            if log and rank == 0:
+                record = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate,
+                          "images_per_second": images_since / (time.perf_counter() - since)}
+                record |= {"accuracy": module.accuracy(x, labels)} if args.finetune else {
+                    "task": task, "alpha": module.log_alpha.exp().item(),
+                    **evaluate(module, x, [task], corruption_options(args))[task]}
+                log_progress(record, args)
+                since, images_since = time.perf_counter(), 0
+            if save and rank == 0:
+                save_checkpoint(args, module, optimizer, step)
+            if stop:
+                print0(f"\n{signal.Signals(stop).name}: saved after step {step}; "
+                       "the same command goes on from there", file=sys.stderr)
+                sys.exit(128 + stop)
 
-# ---- 11. Command line --------------------------------------------------------------------------
+# ---- 11. Use of the weights --------------------------------------------------------------------
+# Did pretraining pay? The same training loop with a classifier on the backbone, and a vote among
+# nearest neighbours, which trains nothing.
+
+LABELLED = 4096         # at most so many images vote, and as many held-out ones are classified
+
+class Classifier(nn.Module):
+    """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
+    stays as it is, so that a linear probe is trained."""
+
+    def __init__(self, model, num_classes, freeze=False):
+        super().__init__()
+        self.model = model.requires_grad_(not freeze)
+        self.model.head.requires_grad_(False)           # the energy has no part in it
+        self.linear = nn.Linear(model.head.in_features, num_classes)
+
+    def forward(self, x, labels):
+        return F.cross_entropy(self.linear(self.model.represent(x)), labels)
+
+    @torch.no_grad()
+    def accuracy(self, x, labels, chunk=64):
+        guess = [self.linear(self.model.represent(part)).argmax(1) for part in x.split(chunk)]
+        return (torch.cat(guess) == labels).double().mean().item()
+
+@torch.no_grad()
+def knn_accuracy(model, x, labels, x_test, labels_test, k=10, chunk=64):
+    """Share of test images whose k nearest of x, by the cosine of their representations, have the
+    image's own label most often. Nothing is trained."""
+    features, test = (torch.cat([F.normalize(model.represent(part)) for part in y.split(chunk)])
+                      for y in (x, x_test))
+    nearest = (test @ features.T).topk(min(k, len(x)), 1).indices               # (M, k)
+    return (labels[nearest].mode(1).values == labels_test).double().mean().item()
+
+def whole_images(args, crops, device, seed):
+    """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,)."""
+    count = LABELLED
+    if crops is not None:
+        count, size = min(count, len(crops.source)), args.image_size
+        crops = Crops(crops.source, size)
+        crops.crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+    return next(image_batches(args, crops, device, count, [0], seed))
+
+# ---- 12. Benchmark -----------------------------------------------------------------------------
+# What does training through a gradient cost? Counted in operations, a linear layer is passed once
+# forward, once by the inner gradient and four times by the gradient of both; supervised, 1 + 2.
+
+class FusedAttention(Attention):
+    """The attention that supervised training would use: faster, without a second derivative."""
+
+    def forward(self, x):
+        B, T, D = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1):
+    """Eq. (3) for one step, as one would write it without a thought of torch.compile."""
+    x_tilde = x_tilde.detach().requires_grad_() + 0         # FlopCounterMode wants no leaf here
+    slope, = torch.autograd.grad(energy_fn(x_tilde).float().sum(), x_tilde, create_graph=True)
+    return F.smooth_l1_loss(x_tilde - alpha * slope, x)
+
+def benchmark(args, repetitions=10):
+    """Print what training steps cost, timed side by side; return {row: median seconds}."""
+    device = set_up_device(args)
+    cuda, size = device.type == "cuda", (args.batch_size, 3, args.image_size, args.image_size)
+    x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
+    energy = build_model(args.model, args.image_size, args.patch_size).to(device)
+    nn.init.normal_(energy.head.weight)
+    classifier = Classifier(copy.deepcopy(energy), 1000).to(device)
+    for module in classifier.modules():
+        if type(module) is Attention:
+            module.__class__ = FusedAttention
+    def step(module, target, compiled=False):
+        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+        module = torch.compile(module, fullgraph=True) if compiled else module
+        return lambda: train_step(module, optimizer, (x, target), 0.0)
+    def energy_step(loss_fn):
+        pretrainer = Pretrainer(energy)
+        freeze_unused(pretrainer, x[:2])
+        pretrainer.loss_fn = loss_fn
+        return step(pretrainer, x.clone())
+    rows = {"forward": autocast(device)(torch.no_grad()(lambda: energy(x))),
+            "supervised, eager": step(classifier, labels),
+            "supervised, compiled": step(classifier, labels, compiled=True),
+            "energy, autograd.grad": energy_step(eager_loss),
+            "energy, --no-compile": energy_step(energy_loss),
+            "energy, --compile": energy_step(torch.compile(energy_loss, fullgraph=True))}
+    flops, memory = {"8192^3 product": 2 * 8192**3}, {}
+    for name in ("forward", "supervised, eager", "energy, autograd.grad"):
+        with FlopCounterMode(display=False) as counter:
+            rows[name]()
+        flops[name.split(",")[0]] = counter.get_total_flops()
+    if cuda:            # the peak to hold the other rows' TFLOP/s against
+        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+        rows["8192^3 product, bfloat16"] = lambda: a @ a
+    seconds = {name: [] for name in rows}
+    for name, row in list(rows.items()) * (repetitions + 3):        # the first 3 rounds warm up
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        row()
+        if cuda:
+            torch.cuda.synchronize()
+            memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB"
+        seconds[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
+          f"\n{'':<24}      ms  / supervised  floor  images/s  TFLOP/s{'  peak memory' * cuda}")
+    for name, value in medians.items():
+        count = flops[name.split(",")[0]]
+        print(f"{name:<24}{value * 1e3:8.1f}{value / medians['supervised, compiled']:14.2f}"
+              f"{count / flops['supervised']:7.2f}{len(x) / value:10.0f}{count / value / 1e12:9.3f}"
+              f"{memory.get(name, '')}")
+    return medians
+
+# ---- 13. Command line --------------------------------------------------------------------------
 
 FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--task", str, "all", f"one of {', '.join(TASKS)}, a comma list, or all"),
@@ -814,6 +1010,10 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--save-every", int, 500, "optimiser steps between checkpoints"),
     ("--resume", bool, True, "go on from the checkpoint in --out if there is one"),
     ("--evaluate", None, False, "train nothing: table and picture of the checkpoint in --out"),
+    ("--finetune", str, None, "train a classifier: from this checkpoint.pt, or from scratch"),
+    ("--freeze", None, False, "with --finetune: train a linear probe only"),
+    ("--labels", int, None, "use so many training images only (default: all)"),
+    ("--benchmark", None, False, "train nothing: time training steps of --model side by side"),
     ("--compile", bool, (False, True), "torch.compile the loss with its inner gradient"),
     ("--workers", int, min(8, max(1, (os.cpu_count() or 1) // 2)), "decoders per process"),
     ("--seed", int, 0, "of all that is random"),
@@ -825,28 +1025,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message + "; see --help")
 
 def parse_args(argv):
-    """The whole configuration: what was typed, over that of the checkpoint (if --evaluate), over
-    the defaults for the device. Raises UserError."""
-    parser, defaults = Parser("energy_pretrain.py", description=__doc__.split("\n")[0]), {}
+    """The whole configuration: what was typed, over that of a checkpoint (all of it if --evaluate,
+    the network and its data if --finetune), over the defaults for the device. Raises UserError."""
+    parser = Parser("energy_pretrain.py", description=__doc__.split("\n")[0])
     for flag, kind, default, meaning in FLAGS:
         action = {None: {"action": "store_true"}, bool: {"action": argparse.BooleanOptionalAction}}
-        if isinstance(default, tuple):
-            meaning += f" (default: {default[0]}; with CUDA {default[1]})"
-        elif default is not None:
-            meaning += f" (default: {default})"
-        parser.add_argument(flag, help=meaning, default=None, **action.get(kind, {"type": kind}))
-    typed = {name: v for name, v in vars(parser.parse_args(argv)).items() if v is not None}
+        if default is not None and kind is not None:
+            meaning += f" (default: {'; with CUDA '.join(map(str, default))})" \
+                if isinstance(default, tuple) else f" (default: {default})"
+        parser.add_argument(flag, help=meaning, default=argparse.SUPPRESS,
+                            **action.get(kind, {"type": kind}))
+    typed = vars(parser.parse_args(argv))
     on_cuda = typed.get("device", FLAGS[-1][2]).startswith("cuda")
-    for flag, _, default, _ in FLAGS:
-        name = flag[2:].replace("-", "_")
-        defaults[name] = default[on_cuda] if isinstance(default, tuple) else default
+    defaults = {flag[2:].replace("-", "_"): default[on_cuda] if isinstance(default, tuple) else
+                default for flag, _, default, _ in FLAGS}
     if {"max_steps", "epochs"} & typed.keys():              # either one replaces both defaults
         defaults |= {"max_steps": None, "epochs": None}
-    defaults["out"] = "runs/" + typed.get("task", defaults["task"]).replace(",", "-")
-    if typed.get("evaluate"):
-        saved = load_checkpoint(typed.get("out", defaults["out"]))["config"]
-        defaults |= {name: saved[name] for name in defaults.keys() & saved.keys() - FREE_FIELDS}
-    args = argparse.Namespace(**defaults | typed)
+    name = "finetune" if "finetune" in typed else typed.get("task", defaults["task"])
+    defaults["out"] = "runs/" + name.replace(",", "-")
+    saved, kept = {}, {"model", "image_size", "patch_size", "data"}
+    if "evaluate" in typed:
+        saved, _ = load_checkpoint(Path(typed.get("out", defaults["out"]), "checkpoint.pt"))
+        kept = defaults.keys() - FREE_FIELDS
+    elif typed.get("finetune", "scratch") != "scratch":
+        saved, _ = load_checkpoint(typed["finetune"])
+    saved = {name: saved[name] for name in kept & saved.keys()}
+    args = argparse.Namespace(**defaults | saved | typed)
     args.task = ",".join(TASKS) if args.task == "all" else args.task
     check_args(args)
     return args
@@ -894,43 +1098,56 @@ def build_pretrainer(args, images):
 def describe(args, device, pretrainer, crops):
     """Print everything that was resolved."""
     processes, cuda = process_place()[1], device.type == "cuda"
-    counts = "drawn as needed" if crops[0] is None else \
-        f"{len(crops[0].source)} images to train on, {len(crops[1].source)} held out"
-    print0(f"device    {torch.cuda.get_device_name(device) if cuda else device}, {processes} "
-           f"process(es), {'bfloat16 autocast, TF32' if cuda else 'float32'}, torch "
-           f"{torch.__version__}\n"
-           f"data      {args.data}, {counts}\nmodel     {args.model}, "
-           f"{sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, "
-           f"{args.image_size} px{', compiled' * args.compile}\n"
-           f"training  {args.task}; {args.max_steps} steps of {args.batch_size} images, "
-           f"{args.batch_size // processes} per process; K = {args.num_steps}\n"
-           f"output    {args.out}")
+    counts = [f"{len(part.source)} images" if part else "drawn as needed" for part in crops]
+    print0(f"""\
+device    {torch.cuda.get_device_name(device) if cuda else device}, {processes} process(es), \
+{'bfloat16 autocast, TF32' if cuda else 'float32'}, torch {torch.__version__}
+data      {args.data}; to train on: {counts[0]}; held out: {counts[1]}
+model     {args.model}, {sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, \
+{args.image_size} px{', compiled' * args.compile}
+training  {f'classifier from {args.finetune}' if args.finetune else args.task}; {args.max_steps} \
+steps of {args.batch_size} images, {args.batch_size // processes} per process
+output    {args.out}""")
 
 def run(args):
     device = set_up_device(args)
     rank, processes, _ = process_place()
-    crops = open_data(args)
-    args.num_images = EPOCH_OF_LANDSCAPES if crops[0] is None else len(crops[0].source)
+    *crops, classes = open_data(args)
+    num_images = EPOCH_OF_LANDSCAPES if crops[0] is None else len(crops[0].source)
     if args.epochs is not None:
-        limit = max(1, args.epochs * args.num_images // args.batch_size)
+        limit = max(1, args.epochs * num_images // args.batch_size)
         args.max_steps = min(limit, args.max_steps or limit)
     if args.warmup_steps is None:
         args.warmup_steps = args.max_steps // 20
-    some_images = next(image_batches(args, crops[0], device, 32, [0], seed=-2))
-    pretrainer = build_pretrainer(args, some_images)
-    describe(args, device, pretrainer, crops)
+    args.num_images = num_images            # a resumed run must find as many
+    some_images, _ = next(image_batches(args, crops[0], device, 32, [0], seed=-2))
+    module = build_pretrainer(args, some_images)
+    describe(args, device, module, crops)
+    if args.finetune:
+        if args.finetune != "scratch":
+            load_checkpoint(args.finetune, module)
+        test = whole_images(args, crops[1], device, seed=-1)
+        knn = knn_accuracy(module.model, *whole_images(args, crops[0], device, seed=-4), *test)
+        module = Classifier(module.model, classes, args.freeze).to(device)
     if args.evaluate:
-        load_checkpoint(args.out, pretrainer)
+        load_checkpoint(Path(args.out, "checkpoint.pt"), module)
     else:
-        optimizer = build_optimizer(pretrainer, args.weight_decay)
-        first_step = resume(args, pretrainer, optimizer)
-        if args.compile:
-            try_compile(pretrainer, args.batch_size // processes, args.image_size, device)
-        train(args, pretrainer, optimizer, crops[0], device, first_step)
+        optimizer = build_optimizer(module, args.weight_decay)
+        first_step = resume(args, module, optimizer)
+        if args.compile and not args.finetune:
+            try_compile(module, args.batch_size // processes, args.image_size, device)
+        train(args, module, optimizer, crops[0], device, first_step)
     metrics = {}
     if rank == 0:
-        images = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-1))
-        metrics = report(args, pretrainer, images)
+        if args.finetune:
+            metrics = {"knn": knn, "accuracy": module.accuracy(*test)}
+            print(f"\n{metrics['accuracy']:.1%} of {len(test[0]):,} held-out images are classified "
+                  f"right; before training, by a vote of 10 nearest neighbours, {knn:.1%}")
+        else:
+            images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-1))
+            metrics = report(args, module, images)
+        text = json.dumps(metrics, indent=1)
+        write_file(args, "metrics.json", lambda path: path.write_text(text))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -940,11 +1157,16 @@ def main(argv=None):
     """Pretrain or evaluate as the command line says; return {task: {metric: value}}, see `evaluate`
     (under torchrun on rank 0). A mistake of the user's is one line on stderr and SystemExit(2)."""
     try:
-        return run(parse_args(argv))
+        args = parse_args(argv)
+        return benchmark(args) if args.benchmark else run(args)
     except UserError as error:
         fail(error)
-    except torch.OutOfMemoryError:
-        fail("out of device memory; a smaller --batch-size or --model would fit")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    except (RuntimeError, MemoryError) as error:
+        if not ("memory" in str(error) or isinstance(error, MemoryError)):
+            raise
+        fail("out of memory; a smaller --batch-size, --image-size or --model would fit")
 
 if __name__ == "__main__":
     main()
