@@ -142,6 +142,13 @@ def test_lower_resolution_keeps_what_survives_averaging(seed):
     assert corrupted(x, "sr", 0).var() < 0.3 * x.var()
 
 
+def test_remove_color_weighs_the_primaries_as_bt_601_does():
+    for channel, weight in enumerate((0.299, 0.587, 0.114)):
+        x = torch.zeros(1, 3, 4, 4)
+        x[:, channel] = 1
+        torch.testing.assert_close(corrupted(x, "color", 0), torch.full_like(x, weight))
+
+
 def test_add_noise_has_the_standard_deviation_asked_for():
     x = images(0, 64)
     noise = corrupted(x, "denoise", 0, noise_std=0.25) - x
@@ -587,6 +594,16 @@ def test_wrong_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
     assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
 
 
+class RunsCode:
+    """Pickles to a call: whoever unpickles it carelessly makes this folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_wrong_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
     base, path = [*TINY, "--task", "mim", "--out", str(tmp_path)], tmp_path / "checkpoint.pt"
     def refused(*arguments):
@@ -601,10 +618,19 @@ def test_wrong_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
     assert "mask_ratio (0.5 there, 0.75 now)" in said and "max_steps (4 there, 5 now)" in said
     assert "no checkpoint of" in refused("--evaluate", "--model", "tiny")
     whole = path.read_bytes()
-    path.write_bytes(whole[:len(whole) // 2])
-    assert "no checkpoint of" in refused()
+    for length in (0, 1, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        assert "no checkpoint of" in refused()
+    middle = bytearray(whole)
+    middle[len(whole) // 2] ^= 16                       # one bit among the weights
+    path.write_bytes(middle)
+    assert "damaged" in refused() and "damaged" in refused("--evaluate")
     torch.save({"weights": 1}, path)
     assert "no checkpoint of" in refused()
+    torch.save(RunsCode(str(tmp_path / "canary")), path)
+    assert "no checkpoint of" in refused() and not (tmp_path / "canary").exists()
+    path.write_bytes(whole)
+    assert ep.main([*base, "--lr", "1e-4"])             # what a diverged run needs is free
     ep.main([*base, "--no-resume", "--max-steps", "5"])
 
 
