@@ -477,6 +477,17 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
 # ---- 7. to 13. The command line, end to end ----------------------------------------------------
 
 
+def test_corrupt_batch_draws_anew_for_every_step_and_process_but_one_task_for_all(monkeypatch):
+    args, x, drawn = ep.parse_args([*TINY, "--task", "mim,denoise"]), images(0, 4), {}
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        for step in range(8):
+            drawn[rank, step] = ep.corrupt_batch(args, x, step)
+    assert {drawn[0, step][0] for step in range(8)} == {"mim", "denoise"}
+    assert all(drawn[0, step][0] == drawn[1, step][0] for step in range(8))
+    assert len({x_tilde.double().sum().item() for _, x_tilde in drawn.values()}) == 16
+
+
 def files_equal(one, other):
     """Whether two saved dicts hold the same tensors, bit for bit."""
     a, b = (torch.load(path, weights_only=True) for path in (one, other))
