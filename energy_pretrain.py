@@ -19,10 +19,11 @@ shuffling, shrinking and greying are other ways to leave the data; the same walk
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
 
 Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss.
-The plumbing: 5 data, 6 optimiser, 7 processes and errors, 8 checkpoints, 9 evaluation, 10 training,
-11 command line. Letters: B images, C channels, H W pixels, P patch side, N patches, D width, h
-heads, K restoration steps (`num_steps`; `step` alone is the optimiser's). x is clean, x_tilde
-corrupted, x_hat restored. Low energy is data; mask 1 is hidden; pixels lie in [-1, 1].
+The plumbing: 5 data, 6 optimiser, 7 processes, 8 files and checkpoints, 9 evaluation, 10 training,
+11 use of the weights, 12 benchmark, 13 command line. Letters: B images, C channels, H W pixels, P
+patch side, N patches, D width, h heads, K restoration steps (`num_steps`; `step` alone is the
+optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low energy is data; mask 1 is hidden;
+pixels lie in [-1, 1].
 
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
 ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
@@ -559,7 +560,7 @@ def learning_rate(args, step):
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (args.max_steps - warmup))) / 2
 
-# ---- 7. Processes and errors -------------------------------------------------------------------
+# ---- 7. Processes ------------------------------------------------------------------------------
 # torchrun starts one process per GPU and tells each its place in environment variables. A process
 # alone is the same program in a world of one.
 
@@ -749,7 +750,7 @@ def try_compile(pretrainer, batch_size, image_size, device):
     pretrainer.loss_fn = torch.compile(energy_loss, fullgraph=True)
     try:
         with autocast(device):
-            pretrainer(x, x).backward()
+            pretrainer(x, x.clone()).backward()     # x twice would be another graph
     except Exception as error:      # the compiler's errors have no common class
         pretrainer.loss_fn = energy_loss
         print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)

@@ -488,6 +488,17 @@ def test_corrupt_batch_draws_anew_for_every_step_and_process_but_one_task_for_al
     assert len({x_tilde.double().sum().item() for _, x_tilde in drawn.values()}) == 16
 
 
+def test_one_compilation_serves_all_tasks(tmp_path, monkeypatch):
+    compile, graphs = torch.compile, []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **k, backend=backend))
+    ep.main([*TINY, "--task", "all", "--compile", "--out", str(tmp_path)])
+    assert len(graphs) == 1
+
+
 def files_equal(one, other):
     """Whether two saved dicts hold the same tensors, bit for bit."""
     a, b = (torch.load(path, weights_only=True) for path in (one, other))
