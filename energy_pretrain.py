@@ -1062,6 +1062,7 @@ def check_args(args):
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
     tasks, processes = args.task.split(","), process_place()[1]
+    tasks = [] if args.finetune or args.benchmark else tasks            # they corrupt nothing
     require(set(tasks) <= set(TASKS), "task", f"choose from {', '.join(TASKS)}, or all")
     models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
     require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
