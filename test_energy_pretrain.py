@@ -734,7 +734,7 @@ def test_labels_are_the_first_folders_and_stay_with_their_images(tmp_path):
     assert (len(train.source), len(held_out.source), classes) == (6, 3, 2)
     for crops in (train, held_out):
         x, labels = ep.whole_images(args, crops, torch.device("cpu"), seed=0)
-        assert len(x) == len(crops.source) and torch.equal(x.mean((1, 2, 3)) > 0, labels == 1)
+        assert len(x) == len(crops.source) and torch.equal(x.mean((1, 2, 3)), labels * 2.0 - 1)
 
 
 def test_named_data_train_and_classify(tmp_path, monkeypatch):
