@@ -82,7 +82,8 @@ def psnr(mean_squared_error):
 
 def make_generator(device, *key):
     """A generator that is a pure function of integers such as (seed, step, rank): no random state
-    need ever be saved, and a resumed run draws what it would have drawn."""
+    need ever be saved, and a resumed run draws what it would have drawn. Seeds below zero are ours:
+    -2 for held-out images. (Never -1: in Python hash(-1) == hash(-2).)"""
     return torch.Generator(device).manual_seed(hash(key) % 2**63)
 
 # ---- 2. Corruptions ----------------------------------------------------------------------------
@@ -260,8 +261,9 @@ class TorchvisionEnergy(nn.Module):
 
     def __init__(self, name, image_size):
         super().__init__()
-        sizes = {"vit": {"image_size": image_size}, "maxvit": {"input_size": (image_size,) * 2}}
-        options = sizes.get(name.split("_")[0], {})
+        single = {"aux_logits": False, "init_weights": False}       # one output while training too
+        options = {"vit": {"image_size": image_size}, "maxvit": {"input_size": (image_size,) * 2},
+                   "googlenet": single, "inception": single}.get(name.split("_")[0], {})
         self.net = torchvision.models.get_model(name, weights=None, **options)
         path, classifier = list(self.net.named_modules())[-1]
         if not isinstance(classifier, nn.Linear):
@@ -346,12 +348,10 @@ def freeze_unused(pretrainer, x):
 
     What only shifts the energy has no part in its gradient, so it never learns, and DDP would wait
     for it for ever: that is why the read-out has no bias, and the last LayerNorm of vit_b_16 loses
-    its own. One dry run finds such parameters in any network. UserError if no other is found.
+    its own. One dry run finds such parameters in any network. UserError if no other is found;
+    RuntimeError if an operation has no second derivative.
     """
-    try:
-        pretrainer(x, x / 2).backward()
-    except RuntimeError as error:
-        raise UserError(f"--model: this network has no second derivative ({error})".split("\n")[0])
+    pretrainer(x, x / 2).backward()
     if not any(p.grad is not None and p.grad.any() for p in pretrainer.parameters()):
         raise UserError("--model: no gradient reaches this network's parameters through dE/dx")
     unused = {name: p for name, p in pretrainer.named_parameters() if p.grad is None}
@@ -658,7 +658,8 @@ def resume(args, module, optimizer):
         print0(f"resuming  after step {step}")
     if process_place()[0] == 0:
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-        kept = "".join(line for line in lines if json.loads(line)["step"] <= step)
+        whole = [line for line in lines if line.endswith("\n")]     # the last may be torn
+        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
         write_file(args, "log.jsonl", lambda path: path.write_text(kept))
     return step
 
@@ -944,7 +945,7 @@ def benchmark(args, repetitions=10):
         module = torch.compile(module, fullgraph=True) if compiled else module
         return lambda: train_step(module, optimizer, (x, target), 0.0)
     def energy_step(loss_fn):
-        pretrainer = Pretrainer(energy)
+        pretrainer = Pretrainer(energy).to(device)
         freeze_unused(pretrainer, x[:2])
         pretrainer.loss_fn = loss_fn
         return step(pretrainer, x.clone())
@@ -1085,16 +1086,19 @@ def corruption_options(args):
     return {name: getattr(args, name) for _, names in CORRUPTIONS.values() for name in names}
 
 def build_pretrainer(args, images):
-    """The energy in its Pretrainer: weights drawn from the seed, the unused ones frozen."""
+    """The energy in its Pretrainer: weights drawn from the seed, the unused ones frozen. UserError
+    with the network's own words if it does not take such images or has no second derivative."""
     torch.manual_seed(args.seed)
     try:
         model = build_model(args.model, args.image_size, args.patch_size).to(images.device)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"--model {args.model} at {args.image_size} pixels: {error}")
-    # Batch norm becomes a fixed map of each image: the statistics of one batch, once for all.
-    torch.optim.swa_utils.update_bn([images], model)
-    pretrainer = Pretrainer(model, args.alpha, args.num_steps).to(images.device)
-    freeze_unused(pretrainer, images[:2])
+        # Batch norm becomes a fixed map of each image: the statistics of one batch, once for all.
+        torch.optim.swa_utils.update_bn([images], model)
+        pretrainer = Pretrainer(model, args.alpha, args.num_steps).to(images.device)
+        freeze_unused(pretrainer, images[:2])
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--model {args.model} at {args.image_size} pixels: {error}".split("\n")[0])
     return pretrainer
 
 def describe(args, device, pretrainer, crops):
@@ -1122,13 +1126,13 @@ def run(args):
     if args.warmup_steps is None:
         args.warmup_steps = args.max_steps // 20
     args.num_images = num_images            # a resumed run must find as many
-    some_images, _ = next(image_batches(args, crops[0], device, 32, [0], seed=-2))
+    some_images, _ = next(image_batches(args, crops[0], device, 32, [0], seed=-5))
     module = build_pretrainer(args, some_images)
     describe(args, device, module, crops)
     if args.finetune:
         if args.finetune != "scratch":
             load_checkpoint(args.finetune, module)
-        test = whole_images(args, crops[1], device, seed=-1)
+        test = whole_images(args, crops[1], device, seed=-2)
         knn = knn_accuracy(module.model, *whole_images(args, crops[0], device, seed=-4), *test)
         module = Classifier(module.model, classes, args.freeze).to(device)
     if args.evaluate:
@@ -1146,7 +1150,7 @@ def run(args):
             print(f"\n{metrics['accuracy']:.1%} of {len(test[0]):,} held-out images are classified "
                   f"right; before training, by a vote of 10 nearest neighbours, {knn:.1%}")
         else:
-            images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-1))
+            images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-2))
             metrics = report(args, module, images)
         text = json.dumps(metrics, indent=1)
         write_file(args, "metrics.json", lambda path: path.write_text(text))
@@ -1166,7 +1170,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (RuntimeError, MemoryError) as error:
-        if not ("memory" in str(error) or isinstance(error, MemoryError)):
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and "can't allocate memory" not in str(error):     # the CPU's words
             raise
         fail("out of memory; a smaller --batch-size, --image-size or --model would fit")
 

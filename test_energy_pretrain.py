@@ -294,8 +294,13 @@ def test_every_trainable_parameter_gets_a_gradient_and_the_frozen_are_known(head
         assert not flat
 
 
+@pytest.mark.parametrize("name, size", [("googlenet", 32), ("inception_v3", 80)])
+def test_networks_with_side_outputs_have_one_while_batch_norm_is_measured(name, size):
+    assert ep.build_model(name, size).train()(images(0, 2, size)).shape == (2,)
+
+
 def test_freeze_unused_refuses_networks_that_cannot_be_trained():
-    with pytest.raises(ep.UserError, match="second derivative"):
+    with pytest.raises(RuntimeError, match="derivative for"):
         ep.freeze_unused(ep.Pretrainer(ep.build_model("mobilenet_v3_small", 32)), images(0, 2, 32))
     flat = torch.nn.Conv2d(3, 1, 16)                            # a ReLU behind a zero read-out
     torch.nn.init.zeros_(flat.weight)
@@ -545,6 +550,7 @@ def test_evaluate_measures_what_it_says():
 def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkeypatch):
     (tmp_path / "images").mkdir()
     people_s_images(tmp_path / "images")
+    monkeypatch.setattr(ep, "LOG_EVERY", 1)
     base = [*TINY, "--task", "mim,denoise", "--save-every", "2"]
     base += ["--data", str(tmp_path / "images")] if data == "folder" else []
     ep.main([*base, "--out", str(tmp_path / "whole")])
@@ -553,7 +559,11 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkey
     with pytest.raises(ZeroDivisionError):              # "the power went" right after the first save
         ep.main([*base, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(ep, "save_checkpoint", save)
+    log = tmp_path / "parts" / "log.jsonl"
+    with log.open("a") as file:                         # a step after the save, and a torn line
+        file.write('{"step": 3}\n{"step": 4, "lo')
     ep.main([*base, "--out", str(tmp_path / "parts")])
+    assert [json.loads(line)["step"] for line in log.open()] == [1, 2, 3, 4]
     for name in ("checkpoint.pt", "backbone.pt"):
         assert files_equal(tmp_path / "whole" / name, tmp_path / "parts" / name)
 
@@ -597,7 +607,8 @@ def test_torchrun_trains_saves_and_says_mistakes_once(tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "jigsaw"], "--task jigsaw: choose from mim, sort"),
     (["--model", "resnet19"], "--model resnet19: choose from nano"),
-    (["--model", "mobilenet_v3_small"], "no second derivative"),
+    (["--model", "mobilenet_v3_small"], "mobilenet_v3_small at 16 pixels: derivative for"),
+    (["--model", "inception_v3"], "--model inception_v3 at 16 pixels: "),
     (["--image-size", "18"], "--patch-size None: must divide"),
     (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
     (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
@@ -653,6 +664,28 @@ def test_wrong_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
     path.write_bytes(whole)
     assert ep.main([*base, "--lr", "1e-4"])             # what a diverged run needs is free
     ep.main([*base, "--no-resume", "--max-steps", "5"])
+
+
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"), (RuntimeError("illegal memory access"), None)])
+def test_only_a_lack_of_memory_is_called_one(capsys, monkeypatch, error, said):
+    def run(args):
+        raise error
+    monkeypatch.setattr(ep, "run", run)
+    with pytest.raises(SystemExit if said else RuntimeError):
+        ep.main(TINY)
+    assert (said or "") in capsys.readouterr().err
+
+
+def test_training_held_out_and_calibration_images_are_drawn_apart(tmp_path, monkeypatch):
+    real, seeds = ep.image_batches, []
+    def batches(args, crops, device, batch_size, steps, seed, *more):
+        seeds.append(seed)
+        return real(args, crops, device, batch_size, steps, seed, *more)
+    monkeypatch.setattr(ep, "image_batches", batches)
+    ep.main([*TINY, "--out", str(tmp_path)])
+    assert len({hash(seed) for seed in seeds}) == 3, seeds      # hash(-1) == hash(-2)
 
 
 def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
@@ -758,16 +791,19 @@ def test_knn_counts_the_votes_of_the_nearest():
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
 def test_a_stopped_run_saves_says_so_and_goes_on_bit_for_bit(tmp_path, monkeypatch, processes, number):
-    """The step ends, a checkpoint is written, the status is the signal's; and nothing is lost."""
-    (tmp_path / "often.py").write_text("import sys, torch, energy_pretrain as ep; ep.LOG_EVERY = 1; "
-                                       "torch.set_num_threads(2); ep.main(sys.argv[1:])")
+    """The step ends, a checkpoint is written, the status is the signal's; and nothing is lost. Of
+    two processes only the second is told, and both must stop."""
+    (tmp_path / "often.py").write_text(
+        "import os, sys, torch, energy_pretrain as ep; ep.LOG_EVERY = 1; torch.set_num_threads(2); "
+        "open(sys.argv[1] + os.environ.get('RANK', '0'), 'w').write(str(os.getpid())); ep.main(sys.argv[2:])")
     options = [*TINY, "--task", "mim", "--max-steps", "30", "--out"]
-    command = TORCHRUN if processes > 1 else [sys.executable]
-    stopped = subprocess.Popen([*command, str(tmp_path / "often.py"), *options, str(tmp_path / "stopped")],
-                               env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [*(TORCHRUN if processes > 1 else [sys.executable]), str(tmp_path / "often.py"),
+               str(tmp_path / "pid"), *options, str(tmp_path / "stopped")]
+    stopped = subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
     while "step     2" not in stopped.stdout.readline():
         assert stopped.poll() is None
-    stopped.send_signal(number)
+    os.kill(int((tmp_path / f"pid{processes - 1}").read_text()), number)
     said = stopped.communicate(timeout=60)[1]
     assert said.count(f"{number.name}: saved after step") == 1, said
     assert 2 <= torch.load(tmp_path / "stopped" / "checkpoint.pt")["step"] < 30
@@ -779,6 +815,20 @@ def test_a_stopped_run_saves_says_so_and_goes_on_bit_for_bit(tmp_path, monkeypat
         assert files_equal(tmp_path / "whole" / "checkpoint.pt", tmp_path / "stopped" / "checkpoint.pt")
         steps = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "log.jsonl").open()]
         assert steps == list(range(1, 31))
+
+
+def test_fused_attention_computes_the_same():
+    torch.manual_seed(0)
+    attention, x = ep.Attention(16, 2), torch.randn(2, 5, 16)
+    expected = attention(x)
+    attention.__class__ = ep.FusedAttention
+    torch.testing.assert_close(attention(x), expected)
+
+
+def test_benchmark_supervises_with_fused_attention(monkeypatch):
+    monkeypatch.setattr(ep.FusedAttention, "forward", lambda self, x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ep.main([*TINY, "--benchmark"])
 
 
 def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
