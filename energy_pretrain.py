@@ -19,7 +19,7 @@ shuffling, shrinking and greying are other ways to leave the data; the same walk
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
 
 Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss.
-The plumbing: 5 data, 6 optimiser, 7 processes, 8 files and checkpoints, 9 evaluation, 10 training,
+The plumbing: 5 processes, 6 data, 7 optimiser, 8 files and checkpoints, 9 evaluation, 10 training,
 11 use of the weights, 12 benchmark, 13 command line. Letters: B images, C channels, H W pixels, P
 patch side, N patches, D width, h heads, K restoration steps (`num_steps`; `step` alone is the
 optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low energy is data; mask 1 is hidden;
@@ -200,9 +200,9 @@ class ViT(nn.Module):
     The read-out compares: each patch as it came in, embedded, times what the last layer, which has
     seen all the others, says in its place; of these products the mean, weighted by D numbers. Where
     a patch differs from what the others let expect, the energy slopes towards the expected: this
-    first term of the gradient is there whatever the layers below carry back. (Reading the mean
-    token alone took three times as many steps to restore as well.) The D weights start at zero,
-    where E has no gradient, so restoration begins as the identity.
+    first term of the gradient is there whatever the layers below carry back. (With all five
+    tasks, reading the mean token alone took three times as many steps.) The D weights start at
+    zero, where E has no gradient, so restoration begins as the identity.
     """
 
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=4, num_heads=3):
@@ -360,7 +360,45 @@ def freeze_unused(pretrainer, x):
     pretrainer.zero_grad(set_to_none=True)
     return list(unused)
 
-# ---- 5. Data -----------------------------------------------------------------------------------
+# ---- 5. Processes ------------------------------------------------------------------------------
+# torchrun starts one process per GPU and tells each its place in environment variables. A process
+# alone is the same program in a world of one.
+
+def process_place():
+    """(rank, number of processes, rank on this machine)"""
+    return tuple(int(os.environ.get(name, default)) for name, default in
+                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+def print0(*values, **options):
+    if process_place()[0] == 0:
+        print(*values, **options, flush=True)
+
+def set_up_device(args):
+    """Join the other processes, if any, and return this one's device."""
+    _, world_size, local_rank = process_place()
+    try:
+        device = torch.device(args.device)
+    except RuntimeError:
+        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here")
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+def fail(error):
+    """Say it once and exit with status 2. Under torchrun rank 0 speaks; the others wait for
+    torchrun to end them, and speak only if rank 0 had nothing to say."""
+    if process_place()[0]:
+        time.sleep(20)
+    print("energy_pretrain.py: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    sys.exit(2)
+
+# ---- 6. Data -----------------------------------------------------------------------------------
 # Landscapes drawn on the spot, or image files. What step n trains on is a function of (seed, n)
 # alone, so a run that was stopped goes on with what it would have seen.
 
@@ -542,11 +580,11 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
         pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
         yield pixels.float() / 127.5 - 1, labels
 
-# ---- 6. Optimiser and schedule -----------------------------------------------------------------
+# ---- 7. Optimiser and schedule -----------------------------------------------------------------
 
-def build_optimizer(pretrainer, weight_decay):
+def build_optimizer(module, weight_decay):
     """AdamW; matrices decay, while biases, norms, embeddings and log alpha do not."""
-    named = [(name, p) for name, p in pretrainer.named_parameters() if p.requires_grad]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     exempt = {name for name, p in named if p.ndim < 2 or name.endswith(("_embed", "_token"))}
     groups = [{"params": [p for name, p in named if name not in exempt]},
               {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0}]
@@ -560,47 +598,10 @@ def learning_rate(args, step):
         return peak * (step + 1) / warmup
     return peak * (1 + math.cos(math.pi * (step - warmup) / (args.max_steps - warmup))) / 2
 
-# ---- 7. Processes ------------------------------------------------------------------------------
-# torchrun starts one process per GPU and tells each its place in environment variables. A process
-# alone is the same program in a world of one.
-
-def process_place():
-    """(rank, number of processes, rank on this machine)"""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-def print0(*values, **options):
-    if process_place()[0] == 0:
-        print(*values, **options, flush=True)
-
-def set_up_device(args):
-    """Join the other processes, if any, and return this one's device."""
-    _, world_size, local_rank = process_place()
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here")
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
-    if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-def fail(error):
-    """Say it once and exit with status 2. Under torchrun rank 0 speaks; the others wait for
-    torchrun to end them, and speak only if rank 0 had nothing to say."""
-    if process_place()[0]:
-        time.sleep(20)
-    print("energy_pretrain.py: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
-
 # ---- 8. Files and checkpoints ------------------------------------------------------------------
 # Plain dicts of tensors, numbers and strings, so that loading one can run no code.
 
+# what a run may change when it goes on from its checkpoint
 FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every", "lr"}
 
 def write_file(args, name, write):
@@ -665,6 +666,10 @@ def resume(args, module, optimizer):
 
 # ---- 9. Evaluation -----------------------------------------------------------------------------
 # Fixed corruptions at full strength. Works without gradients, but for those `restore` takes itself.
+
+def corruption_options(args):
+    """How hard the tasks are, as `corrupt` takes it."""
+    return {name: getattr(args, name) for _, names in CORRUPTIONS.values() for name in names}
 
 @torch.no_grad()
 def evaluate(pretrainer, images, tasks, options, chunk=64):
@@ -743,7 +748,11 @@ def report(args, pretrainer, images):
 
 # ---- 10. Training ------------------------------------------------------------------------------
 
-LOG_EVERY = 50
+LOG_EVERY = 50          # steps
+
+def autocast(device):
+    """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 def try_compile(pretrainer, batch_size, image_size, device):
     """Compile the loss, restoration and all, into one graph; keep the eager one if that fails."""
@@ -756,10 +765,6 @@ def try_compile(pretrainer, batch_size, image_size, device):
         pretrainer.loss_fn = energy_loss
         print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)
     pretrainer.zero_grad(set_to_none=True)
-
-def autocast(device):
-    """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 def train_step(module, optimizer, inputs, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
@@ -1026,6 +1031,31 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message + "; see --help")
 
+def check_args(args):
+    """Raise UserError at the first value that makes no sense or does not fit the others."""
+    def require(holds, name, expected):
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
+    tasks, processes = args.task.split(","), process_place()[1]
+    tasks = [] if args.finetune or args.benchmark else tasks            # they corrupt nothing
+    require(set(tasks) <= set(TASKS), "task", f"choose from {', '.join(TASKS)}, or all")
+    models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
+    require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
+            "classification model of torchvision")
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            if name in ("weight_decay", "warmup_steps", "workers", "seed"):
+                require(0 <= value < math.inf, name, "must be 0 or more")
+            else:
+                require(0 < value < math.inf, name, "must be above 0")
+    require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
+    require(args.batch_size % processes == 0, "batch_size",
+            f"must be a multiple of the {processes} processes")
+    for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
+                       ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
+        require(not used or args.image_size % (getattr(args, name) or 4) == 0, name,
+                f"must divide the image size, {args.image_size}")
+
 def parse_args(argv):
     """The whole configuration: what was typed, over that of a checkpoint (all of it if --evaluate,
     the network and its data if --finetune), over the defaults for the device. Raises UserError."""
@@ -1057,34 +1087,6 @@ def parse_args(argv):
     check_args(args)
     return args
 
-def check_args(args):
-    """Raise UserError at the first value that makes no sense or does not fit the others."""
-    def require(holds, name, expected):
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
-    tasks, processes = args.task.split(","), process_place()[1]
-    tasks = [] if args.finetune or args.benchmark else tasks            # they corrupt nothing
-    require(set(tasks) <= set(TASKS), "task", f"choose from {', '.join(TASKS)}, or all")
-    models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
-    require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
-            "classification model of torchvision")
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            if name in ("weight_decay", "warmup_steps", "workers", "seed"):
-                require(0 <= value < math.inf, name, "must be 0 or more")
-            else:
-                require(0 < value < math.inf, name, "must be above 0")
-    require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
-    require(args.batch_size % processes == 0, "batch_size",
-            f"must be a multiple of the {processes} processes")
-    for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
-                       ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
-        require(not used or args.image_size % (getattr(args, name) or 4) == 0, name,
-                f"must divide the image size, {args.image_size}")
-
-def corruption_options(args):
-    return {name: getattr(args, name) for _, names in CORRUPTIONS.values() for name in names}
-
 def build_pretrainer(args, images):
     """The energy in its Pretrainer: weights drawn from the seed, the unused ones frozen. UserError
     with the network's own words if it does not take such images or has no second derivative."""
@@ -1112,7 +1114,7 @@ data      {args.data}; to train on: {counts[0]}; held out: {counts[1]}
 model     {args.model}, {sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, \
 {args.image_size} px{', compiled' * args.compile}
 training  {f'classifier from {args.finetune}' if args.finetune else args.task}; {args.max_steps} \
-steps of {args.batch_size} images, {args.batch_size // processes} per process
+steps of {args.batch_size} images, {args.batch_size // processes} per process; K = {args.num_steps}
 output    {args.out}""")
 
 def run(args):

@@ -361,7 +361,7 @@ def test_compiled_loss_and_gradients_equal_eager():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
 
 
-# ---- 5. Data -----------------------------------------------------------------------------------
+# ---- 6. Data -----------------------------------------------------------------------------------
 
 
 @given(seeds, st.integers(1, 5), st.sampled_from([16, 31, 64]))
@@ -453,7 +453,7 @@ def test_every_image_comes_once_an_epoch_however_many_processes(seed, count, wor
     assert list(ep.crop_keys(count, batch, [2], seed, 0, 1))[0] == row(1)[2 * batch:3 * batch]
 
 
-# ---- 6. Optimiser and schedule -----------------------------------------------------------------
+# ---- 7. Optimiser and schedule -----------------------------------------------------------------
 
 
 def test_optimizer_decays_matrices_only():
@@ -478,7 +478,7 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
 
 
-# ---- 7. to 13. The command line, end to end ----------------------------------------------------
+# ---- 5. and 8. to 13. Through the command line -------------------------------------------------
 
 
 def test_corrupt_batch_draws_anew_for_every_step_and_process_but_one_task_for_all(monkeypatch):
