@@ -605,16 +605,18 @@ def learning_rate(args, step):
 FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every", "lr"}
 
 def write_file(args, name, write):
-    """Let write(path) write OUT/name: under another name first and then moved into place, so that
+    """Let write(file) fill OUT/name: under another name first, and then moved into place, so that
     whatever happens, the path holds the old file or the new one, never half of it."""
     path, unfinished = Path(args.out, name), Path(args.out, "unfinished-" + name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(unfinished)
+        with open(unfinished, "wb") as file:
+            write(file)
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:        # torch.save turns the former into the latter
-        unfinished.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot be written ({error})".split("\n")[0])
+    except (OSError, RuntimeError) as error:    # torch.save hides the former behind the latter
+        with contextlib.suppress(OSError):      # where nothing can be written, nothing is left
+            unfinished.unlink()
+        raise UserError(f"{path}: cannot be written ({error.__context__ or error})")
 
 def save_checkpoint(args, module, optimizer, step):
     """Write OUT/backbone.pt, the weights to use, and OUT/checkpoint.pt, all that resuming needs."""
@@ -622,8 +624,8 @@ def save_checkpoint(args, module, optimizer, step):
         "module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
         "config": vars(args), "versions": [str(torch.__version__), str(torchvision.__version__)]}
     backbone = backbone_state(module.model)
-    write_file(args, "backbone.pt", lambda path: torch.save(backbone, path))
-    write_file(args, "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+    write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
+    write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
 def load_checkpoint(path, module=None, optimizer=None):
     """Read a checkpoint, and its state into what is given; return (configuration, step). UserError
@@ -661,7 +663,7 @@ def resume(args, module, optimizer):
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
         whole = [line for line in lines if line.endswith("\n")]     # the last may be torn
         kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
-        write_file(args, "log.jsonl", lambda path: path.write_text(kept))
+        write_file(args, "log.jsonl", lambda file: file.write(kept.encode()))
     return step
 
 # ---- 9. Evaluation -----------------------------------------------------------------------------
@@ -743,7 +745,7 @@ def report(args, pretrainer, images):
     metrics = evaluate(pretrainer, images, tasks, options)
     print_table(metrics, args.num_steps)
     picture = draw_picture(pretrainer, images[:8], tasks, options)
-    write_file(args, "restorations.png", picture.save)
+    write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
     return metrics
 
 # ---- 10. Training ------------------------------------------------------------------------------
@@ -1155,7 +1157,7 @@ def run(args):
             images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-2))
             metrics = report(args, module, images)
         text = json.dumps(metrics, indent=1)
-        write_file(args, "metrics.json", lambda path: path.write_text(text))
+        write_file(args, "metrics.json", lambda file: file.write(text.encode()))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ never pixel by pixel: hypothesis varies what matters, the shapes, tasks and stre
 import argparse
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -692,6 +693,29 @@ def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ep.main([*TINY, "--data", str(tmp_path), "--out", str(tmp_path / "out")])
     assert "0 image files there or below" in capsys.readouterr().err
+
+
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
+    """The second save finds the disk full; and OUT may be no folder at all."""
+    out, save, kept = tmp_path / "run", ep.save_checkpoint, {}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def save_once(*arguments):
+        save(*arguments)
+        kept.update({path.name: path.read_bytes() for path in out.iterdir()})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))      # no file may grow beyond
+    monkeypatch.setattr(ep, "save_checkpoint", save_once)
+    (tmp_path / "file").touch()
+    try:
+        for path, name in ((out, "backbone.pt"), (tmp_path / "file", "log.jsonl")):
+            with pytest.raises(SystemExit) as stop:
+                ep.main([*TINY, "--task", "sr", "--save-every", "2", "--out", str(path)])
+            said = capsys.readouterr().err
+            assert stop.value.code == 2 and said.count("\n") == 1, said
+            assert f"{path / name}: cannot be written (" in said, said
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert left.pop("log.jsonl") != kept.pop("log.jsonl") and left == kept and len(kept) == 2
 
 
 def test_a_diverging_run_stops_with_step_and_value_and_keeps_the_checkpoint(tmp_path, capsys):
