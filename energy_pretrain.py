@@ -125,12 +125,12 @@ def remove_color(x, generator):
     weights = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (x * weights).sum(1, keepdim=True).expand_as(x).clone()
 
-CORRUPTIONS = {  # task: (its verb, the options that set how hard it is)
-    "mim": (hide_blocks, ("mask_ratio", "mask_grid")),
-    "sort": (shuffle_patches, ("sort_grid",)),
-    "sr": (lower_resolution, ("sr_factor",)),
-    "denoise": (add_noise, ("noise_std",)),
-    "color": (remove_color, ()),
+CORRUPTIONS = {  # task: (its verb, the options that set how hard it is, its weight in the loss)
+    "mim": (hide_blocks, ("mask_ratio", "mask_grid"), 2),
+    "sort": (shuffle_patches, ("sort_grid",), 1),
+    "sr": (lower_resolution, ("sr_factor",), 4),
+    "denoise": (add_noise, ("noise_std",), 2),
+    "color": (remove_color, (), 4),
 }
 TASKS = tuple(CORRUPTIONS)
 
@@ -142,20 +142,21 @@ def corrupt(x, task, generator, strength=1.0, **options):
     x and 1 the full corruption, exactly. options: those named in CORRUPTIONS; what another task
     uses is ignored, so one dict serves all. Returns a new tensor of x's shape and dtype.
     """
-    verb, names = CORRUPTIONS[task]
+    verb, names, _ = CORRUPTIONS[task]
     x_tilde = verb(x, generator, **{name: options[name] for name in names if name in options})
     s = torch.as_tensor(strength, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     return torch.lerp(x, x_tilde, s)          # exact at both ends, unlike x + s * (x_tilde - x)
 
-def draw_strengths(batch_size, generator):
-    """One strength per image (B,): 1 for half of them on average, else uniform in [0, 1].
+def draw_strengths(batch_size, generator, full_share=0.5):
+    """One strength per image (B,): 1 for a share of them on average, else uniform in [0, 1].
 
     With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
     nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
         E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
     near |x_tilde - x|^2 / (2 alpha) if x_hat_s is near x: energies are in order, and data at rest.
     """
-    return torch.rand(batch_size, generator=generator, device=generator.device).mul(2).clamp(max=1)
+    s = torch.rand(batch_size, generator=generator, device=generator.device)
+    return (s / max(1 - full_share, 1e-9)).clamp(max=1)
 
 # ---- 3. The energy -----------------------------------------------------------------------------
 # A plain pre-norm Vision Transformer. Names and shapes of the parameters are timm's, so that the
@@ -322,11 +323,13 @@ def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
             iterates.append(x)
     return torch.stack(iterates)
 
-def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1):
+def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
     """Eq. (3): the mean over K steps of smooth_l1(x_k, x), a scalar to be trained through. It is
-    half the squared error where that error is below 1, half of the pixel range; beyond, linear."""
+    half the squared error where that error is below 1, half of the pixel range; beyond, linear.
+    weight: of the images, one number or one for each (B,)."""
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
-    return F.smooth_l1_loss(x_hat, x.expand_as(x_hat))                          # Eq. (3)
+    error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
+    return (error.flatten(2).mean(2) * weight).mean()
 
 class Pretrainer(nn.Module):
     """The energy, its step size and the loss in one module, as DistributedDataParallel averages the
@@ -340,8 +343,9 @@ class Pretrainer(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
         self.loss_fn = energy_loss                              # `try_compile` puts another here
 
-    def forward(self, x, x_tilde):
-        return self.loss_fn(self.model, x, x_tilde, self.log_alpha.exp(), self.num_steps)
+    def forward(self, x, x_tilde, weight=1.0):
+        alpha = self.log_alpha.exp()
+        return self.loss_fn(self.model, x, x_tilde, alpha, self.num_steps, weight)
 
 def freeze_unused(pretrainer, x):
     """Freeze the parameters that never enter dE/dx; return their names.
@@ -468,17 +472,19 @@ def read_image(path, short_side):
     return image if scale >= 1 else image.resize([max(1, round(n * scale)) for n in image.size])
 
 class Crops(torch.utils.data.Dataset):
-    """Random crops: item (index, seed) -> (pixels, uint8 (3, S, S); label; unreadable files).
+    """Square crops: item (index, seed) -> (pixels, uint8 (3, S, S); label; unreadable files).
 
-    source: a sequence of (path or PIL image, label). Crop and flip follow from the seed. A file
-    that cannot be decoded is replaced by the next. Shrunken images are kept, up to 256 MiB a
-    worker, so that a small folder of large photographs is decoded only once.
+    source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
+    says, instead of taking the middle. A file that cannot be decoded is replaced by the next.
+    Shrunken images are kept, up to 256 MiB a worker, so that a small folder of large photographs is
+    decoded only once.
     """
 
-    def __init__(self, source, image_size):
-        self.source, self.short_side, self.cache, self.named = source, 3 * image_size, {}, {""}
-        self.crop = v2.Compose([v2.RandomResizedCrop(image_size, antialias=True),
-                                v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    def __init__(self, source, size, augment):
+        self.source, self.short_side, self.cache, self.named = source, 3 * size, {}, {""}
+        steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()] if augment \
+            else [v2.Resize(size), v2.CenterCrop(size)]
+        self.crop = v2.Compose([*steps, v2.PILToTensor()])
 
     def load(self, index):
         if index not in self.cache:
@@ -512,7 +518,7 @@ def open_data(args):
             return None, None, 4
         drawn = draw_landscapes(args.labels, args.image_size, make_generator("cpu", args.seed, -3))
         source = [(v2.functional.to_pil_image(x / 2 + 0.5), int(label)) for x, label in zip(*drawn)]
-        return Crops(source, args.image_size), None, 4
+        return Crops(source, args.image_size, args.augment), None, 4
     if args.data in NAMED_DATA:
         dataset, *splits, classes = NAMED_DATA[args.data]
         if args.finetune and args.data == "stl10":
@@ -542,7 +548,7 @@ def open_data(args):
     if args.labels is not None:
         order = torch.randperm(len(sources[0]), generator=make_generator("cpu", args.seed, -3))
         sources[0] = torch.utils.data.Subset(sources[0], order[:args.labels].tolist())
-    return *(Crops(source, args.image_size) for source in sources), classes
+    return *(Crops(source, args.image_size, args.augment) for source in sources), classes
 
 def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
     """For every step this process's part of the global batch, as keys (index, seed) for `Crops`.
@@ -582,13 +588,29 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
 
 # ---- 7. Optimiser and schedule -----------------------------------------------------------------
 
-def build_optimizer(module, weight_decay):
-    """AdamW; matrices decay, while biases, norms, embeddings and log alpha do not."""
-    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    exempt = {name for name, p in named if p.ndim < 2 or name.endswith(("_embed", "_token"))}
-    groups = [{"params": [p for name, p in named if name not in exempt]},
-              {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)
+def build_optimizers(module, weight_decay):
+    """Muon for the matrices inside the network, AdamW for all else: a list of the two.
+
+    Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest orthogonal one,
+    so that the rare directions learn as fast as the frequent ones; its steps are scaled to AdamW's
+    size, and one learning rate serves both. Biases, norms, embeddings and log alpha do not decay.
+    """
+    inner, decaying, exempt = [], [], []
+    for name, p in module.named_parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or name.endswith(("_embed", "_token")):
+            exempt.append(p)
+        elif p.ndim == 2 and name.startswith("model.") and name != "model.head.weight":
+            inner.append(p)
+        else:
+            decaying.append(p)
+    groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)]
+    if inner:       # a convolutional network has none
+        optimizers.append(torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay,
+                                           adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 def learning_rate(args, step):
     """The rate of 0-based `step`: linear warm-up, then half a cosine to zero. The peak is
@@ -618,16 +640,17 @@ def write_file(args, name, write):
             unfinished.unlink()
         raise UserError(f"{path}: cannot be written ({error.__context__ or error})")
 
-def save_checkpoint(args, module, optimizer, step):
+def save_checkpoint(args, module, optimizers, step):
     """Write OUT/backbone.pt, the weights to use, and OUT/checkpoint.pt, all that resuming needs."""
     checkpoint = {
-        "module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step,
-        "config": vars(args), "versions": [str(torch.__version__), str(torchvision.__version__)]}
+        "module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
+        "step": step, "config": vars(args),
+        "versions": [str(torch.__version__), str(torchvision.__version__)]}
     backbone = backbone_state(module.model)
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-def load_checkpoint(path, module=None, optimizer=None):
+def load_checkpoint(path, module=None, optimizers=()):
     """Read a checkpoint, and its state into what is given; return (configuration, step). UserError
     if there is none, or it is damaged, or it does not fit."""
     if not os.path.isfile(path):
@@ -638,14 +661,14 @@ def load_checkpoint(path, module=None, optimizer=None):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if module is not None:
             module.load_state_dict(checkpoint["module"])
-        if optimizer is not None:
-            optimizer.load_state_dict(checkpoint["optimizer"])
+        for i, optimizer in enumerate(optimizers):
+            optimizer.load_state_dict(checkpoint["optimizers"][i])
         return dict(checkpoint["config"]), int(checkpoint["step"])
     except Exception as error:      # a damaged file can make the unpickler raise anything
         raise UserError(f"{path}: no checkpoint of this script and model, or a damaged one "
                         f"({type(error).__name__}); another --out or --no-resume starts afresh")
 
-def resume(args, module, optimizer):
+def resume(args, module, optimizers):
     """Go on from OUT's checkpoint if there is one; return the number of steps already taken. Lines
     that the log gained after the checkpoint are cut off: those steps will be taken again."""
     step, log, path = 0, Path(args.out, "log.jsonl"), Path(args.out, "checkpoint.pt")
@@ -657,7 +680,7 @@ def resume(args, module, optimizer):
         if differing:
             raise UserError(f"{path} has another configuration, {'; '.join(differing)}: "
                             "take another --out, or --no-resume")
-        load_checkpoint(path, module, optimizer)
+        load_checkpoint(path, module, optimizers)
         print0(f"resuming  after step {step}")
     if process_place()[0] == 0:
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
@@ -671,7 +694,7 @@ def resume(args, module, optimizer):
 
 def corruption_options(args):
     """How hard the tasks are, as `corrupt` takes it."""
-    return {name: getattr(args, name) for _, names in CORRUPTIONS.values() for name in names}
+    return {name: getattr(args, name) for _, names, _ in CORRUPTIONS.values() for name in names}
 
 @torch.no_grad()
 def evaluate(pretrainer, images, tasks, options, chunk=64):
@@ -706,6 +729,37 @@ def evaluate(pretrainer, images, tasks, options, chunk=64):
             result["psnr_corrupted" + region], *result["psnr_restored" + region] = decibels
     return metrics
 
+@torch.no_grad()
+def examine_energy(pretrainer, images, task, options):
+    """Does low energy mean data? Measure it on images (M, 3, S, S): {name: value}.
+
+    auroc: share of pairs of any clean and any corrupted image in which the clean one lies lower.
+    order_quarter: share of images lower than themselves at a quarter of the corruption.
+    psnr_clean, psnr_quarter: dB of a clean image after one step, and of a quarter-corrupted one
+    before and after. rank_correlation: Spearman's, of E(x_s) - E(x) and |x_s - x|^2, over images
+    with strengths s from 0 to 1. slope: their median ratio times 2 alpha, see `draw_strengths`.
+    """
+    model, alpha = pretrainer.model, pretrainer.log_alpha.exp()
+    x, generator = images, make_generator(images.device, -2, TASKS.index(task))
+    x_tilde = corrupt(x, task, generator, **options)
+    quarter = torch.lerp(x, x_tilde, 0.25)
+    s = torch.linspace(1 / len(x), 1, len(x), device=x.device)
+    x_s = torch.lerp(x, x_tilde, s.view(-1, 1, 1, 1))
+    def energy(y):
+        return torch.cat([model(part) for part in y.split(64)]).double()
+    def decibels(y):
+        return psnr((y - x).square().mean().item())
+    def after_one_step(y):
+        return decibels(torch.cat([restore(model, part, alpha)[0] for part in y.split(64)]))
+    rise, distance = energy(x_s) - energy(x), (x_s - x).square().flatten(1).sum(1)      # (M,)
+    ranks = torch.stack([rise, distance]).argsort(1).argsort(1).double()
+    return {"auroc": (energy(x)[:, None] < energy(x_tilde)).double().mean().item(),
+            "order_quarter": (energy(x) < energy(quarter)).double().mean().item(),
+            "psnr_clean": after_one_step(x),
+            "psnr_quarter": [decibels(quarter), after_one_step(quarter)],
+            "rank_correlation": torch.corrcoef(ranks)[0, 1].item(),
+            "slope": (2 * alpha * rise / distance).median().item()}
+
 def print_table(metrics, num_steps):
     def decibels(row, region=""):
         values = [row["psnr_corrupted" + region], *row["psnr_restored" + region]]
@@ -717,6 +771,12 @@ def print_table(metrics, num_steps):
               f"{row['energy_restored']:10.3f}{row['order']:15.1%}{row['descent']:15.1%}")
         if task == "mim":
             print("  hidden px " + decibels(row, "_hidden"))
+    print("\nlow energy = data?     AUROC  E lower at 1/4  clean, step 1  1/4 corrupted, step 1"
+          "  rank corr.  slope")
+    for task, row in metrics.items():
+        before, after = row["psnr_quarter"]
+        print(f"{task:<20}{row['auroc']:8.3f}{row['order_quarter']:16.1%}{row['psnr_clean']:15.2f}"
+              f"{before:15.2f}{after:8.2f}{row['rank_correlation']:12.3f}{row['slope']:7.2f}")
 
 @torch.no_grad()
 def draw_picture(pretrainer, images, tasks, options):
@@ -743,6 +803,8 @@ def report(args, pretrainer, images):
     """Evaluate, print the table, write OUT/restorations.png; return the metrics."""
     tasks, options = args.task.split(","), corruption_options(args)
     metrics = evaluate(pretrainer, images, tasks, options)
+    for task in tasks:
+        metrics[task] |= examine_energy(pretrainer, images, task, options)
     print_table(metrics, args.num_steps)
     picture = draw_picture(pretrainer, images[:8], tasks, options)
     write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
@@ -762,23 +824,24 @@ def try_compile(pretrainer, batch_size, image_size, device):
     pretrainer.loss_fn = torch.compile(energy_loss, fullgraph=True)
     try:
         with autocast(device):
-            pretrainer(x, x.clone()).backward()     # x twice would be another graph
+            weight = torch.ones(batch_size, device=device)
+            pretrainer(x, x.clone(), weight).backward()     # x twice would be another graph
     except Exception as error:      # the compiler's errors have no common class
         pretrainer.loss_fn = energy_loss
         print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)
     pretrainer.zero_grad(set_to_none=True)
 
-def train_step(module, optimizer, inputs, rate):
+def train_step(module, optimizers, inputs, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     with autocast(inputs[0].device):
         loss = module(*inputs)
-    optimizer.zero_grad()
+    module.zero_grad()
     loss.backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
-    optimizer.step()
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm=1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
     return torch.stack([loss.detach(), norm])
 
 def check_finite(recent, step):
@@ -815,12 +878,21 @@ def log_progress(record, args):
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
 
 def corrupt_batch(args, x, step):
-    """Draw this step's task, the same on all processes, and corrupt images: (task, x_tilde)."""
-    tasks, shared = args.task.split(","), make_generator("cpu", args.seed, step)
-    task = tasks[int(torch.randint(len(tasks), (), generator=shared))]
-    generator = make_generator(x.device, args.seed, step, process_place()[0], 1)
-    strength = draw_strengths(len(x), generator)
-    return task, corrupt(x, task, generator, strength, **corruption_options(args))
+    """Corrupt images; return x_tilde and the images' weights in the loss (B,), on average 1.
+
+    With several tasks they are dealt out in turn, so that every step serves all of them. Weights
+    make a decibel count about as much in one as in another, small as some tasks' errors are."""
+    tasks, rank = args.task.split(","), process_place()[0]
+    generator = make_generator(x.device, args.seed, step, rank, 1)
+    strength = draw_strengths(len(x), generator, args.full_share)
+    x_tilde = torch.empty_like(x)
+    weights = torch.tensor([float(CORRUPTIONS[task][2]) for task in tasks])
+    turn = (torch.arange(len(x)) + step * args.batch_size + rank * len(x)) % len(tasks)
+    for i, task in enumerate(turn[:len(tasks)].tolist()):
+        own = slice(i, None, len(tasks))
+        x_tilde[own] = corrupt(x[own], tasks[task], generator, strength[own],
+                               **corruption_options(args))
+    return x_tilde, (weights / weights.mean())[turn].to(x.device)
 
 @contextlib.contextmanager
 def stop_signals(world_size):
@@ -841,7 +913,7 @@ def stop_signals(world_size):
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-def train(args, module, optimizer, crops, device, first_step):
+def train(args, module, optimizers, crops, device, first_step):
     """Take the steps after first_step up to max_steps, logging and saving on the way. module is a
     Pretrainer, or with args.finetune a Classifier."""
     rank, world_size, _ = process_place()
@@ -851,9 +923,9 @@ def train(args, module, optimizer, crops, device, first_step):
     recent, since, images_since = [], time.perf_counter(), 0
     with stop_signals(world_size) as asked_to_stop:
         for step, (x, labels) in enumerate(batches, first_step + 1):    # 1 is the first
-            task, target = (None, labels) if args.finetune else corrupt_batch(args, x, step)
+            inputs = (x, labels) if args.finetune else (x, *corrupt_batch(args, x, step))
             rate = learning_rate(args, step - 1)
-            recent.append(train_step(wrapped, optimizer, (x, target), rate))
+            recent.append(train_step(wrapped, optimizers, inputs, rate))
             images_since += args.batch_size
             log = step % LOG_EVERY == 0 or step == args.max_steps
             stop = asked_to_stop()
@@ -863,13 +935,14 @@ def train(args, module, optimizer, crops, device, first_step):
             if log and rank == 0:
                 record = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate,
                           "images_per_second": images_since / (time.perf_counter() - since)}
+                task = args.task.split(",")[step // LOG_EVERY % (args.task.count(",") + 1)]
                 record |= {"accuracy": module.accuracy(x, labels)} if args.finetune else {
                     "task": task, "alpha": module.log_alpha.exp().item(),
                     **evaluate(module, x, [task], corruption_options(args))[task]}
                 log_progress(record, args)
                 since, images_since = time.perf_counter(), 0
             if save and rank == 0:
-                save_checkpoint(args, module, optimizer, step)
+                save_checkpoint(args, module, optimizers, step)
             if stop:
                 print0(f"\n{signal.Signals(stop).name}: saved after step {step}; "
                        "the same command goes on from there", file=sys.stderr)
@@ -912,9 +985,8 @@ def whole_images(args, crops, device, seed):
     """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,)."""
     count = LABELLED
     if crops is not None:
-        count, size = min(count, len(crops.source)), args.image_size
-        crops = Crops(crops.source, size)
-        crops.crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size), v2.PILToTensor()])
+        count = min(count, len(crops.source))
+        crops = Crops(crops.source, args.image_size, augment=False)
     return next(image_batches(args, crops, device, count, [0], seed))
 
 # ---- 12. Benchmark -----------------------------------------------------------------------------
@@ -930,7 +1002,7 @@ class FusedAttention(Attention):
         x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
         return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1):
+def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
     """Eq. (3) for one step, as one would write it without a thought of torch.compile."""
     x_tilde = x_tilde.detach().requires_grad_() + 0         # FlopCounterMode wants no leaf here
     slope, = torch.autograd.grad(energy_fn(x_tilde).float().sum(), x_tilde, create_graph=True)
@@ -948,9 +1020,9 @@ def benchmark(args, repetitions=10):
         if type(module) is Attention:
             module.__class__ = FusedAttention
     def step(module, target, compiled=False):
-        optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+        optimizers = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
         module = torch.compile(module, fullgraph=True) if compiled else module
-        return lambda: train_step(module, optimizer, (x, target), 0.0)
+        return lambda: train_step(module, optimizers, (x, target), 0.0)
     def energy_step(loss_fn):
         pretrainer = Pretrainer(energy).to(device)
         freeze_unused(pretrainer, x[:2])
@@ -998,18 +1070,20 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--task", str, "all", f"one of {', '.join(TASKS)}, a comma list, or all"),
     ("--data", str, "procedural", "procedural (landscapes drawn on the spot), a folder of images, "
      f"or {', '.join(NAMED_DATA)} (downloaded to ./data)"),
+    ("--augment", bool, True, "random crops and flips of the images; else the middle, as it is"),
     ("--model", str, ("nano", "small"), f"{', '.join(VIT_SIZES)}, or a classification model of "
      "torchvision such as resnet18"),
     ("--image-size", int, (32, 224), "side of the images in pixels"),
     ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
     ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
-    ("--max-steps", int, (1800, None), "optimiser steps, if --epochs does not end before"),
+    ("--max-steps", int, (1500, None), "optimiser steps, if --epochs does not end before"),
     ("--batch-size", int, (16, 1024), "images per optimiser step, over all processes"),
-    ("--lr", float, (8e-3, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
+    ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
     ("--weight-decay", float, 0.05, "AdamW's, on matrices only"),
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
+    ("--full-share", float, 0.5, "share of images corrupted in full, the others in part"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
     ("--sort-grid", int, 4, "sort: pieces per side"),
@@ -1051,6 +1125,7 @@ def check_args(args):
             else:
                 require(0 < value < math.inf, name, "must be above 0")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
+    require(args.full_share <= 1, "full_share", "must be 1 or less")
     require(args.batch_size % processes == 0, "batch_size",
             f"must be a multiple of the {processes} processes")
     for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
@@ -1077,7 +1152,7 @@ def parse_args(argv):
         defaults |= {"max_steps": None, "epochs": None}
     name = "finetune" if "finetune" in typed else typed.get("task", defaults["task"])
     defaults["out"] = "runs/" + name.replace(",", "-")
-    saved, kept = {}, {"model", "image_size", "patch_size", "data"}
+    saved, kept = {}, {"model", "image_size", "patch_size", "data", "augment"}
     if "evaluate" in typed:
         saved, _ = load_checkpoint(Path(typed.get("out", defaults["out"]), "checkpoint.pt"))
         kept = defaults.keys() - FREE_FIELDS
@@ -1142,11 +1217,11 @@ def run(args):
     if args.evaluate:
         load_checkpoint(Path(args.out, "checkpoint.pt"), module)
     else:
-        optimizer = build_optimizer(module, args.weight_decay)
-        first_step = resume(args, module, optimizer)
+        optimizers = build_optimizers(module, args.weight_decay)
+        first_step = resume(args, module, optimizers)
         if args.compile and not args.finetune:
             try_compile(module, args.batch_size // processes, args.image_size, device)
-        train(args, module, optimizer, crops[0], device, first_step)
+        train(args, module, optimizers, crops[0], device, first_step)
     metrics = {}
     if rank == 0:
         if args.finetune:

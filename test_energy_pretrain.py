@@ -163,11 +163,12 @@ def test_remove_color_is_an_idempotent_grey(seed):
     torch.testing.assert_close(corrupted(torch.ones(1, 3, 4, 4), "color", 0), torch.ones(1, 3, 4, 4))
 
 
-def test_draw_strengths_are_one_for_half_and_uniform_for_the_rest():
-    s = ep.draw_strengths(10_000, ep.make_generator("cpu", 0))
+@pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
+def test_draw_strengths_are_one_for_a_share_and_uniform_for_the_rest(share):
+    s = ep.draw_strengths(10_000, ep.make_generator("cpu", 0), share)
     rest = s[s < 1]
-    assert s.min() >= 0 and s.max() == 1
-    assert abs(len(rest) / len(s) - 0.5) < 0.02 and abs(rest.mean() - 0.5) < 0.02
+    assert s.min() >= 0 and s.max() == 1 and abs(1 - len(rest) / len(s) - share) < 0.02
+    assert share == 1 or abs(rest.mean() - 0.5) < 0.02
 
 
 # ---- 3. The energy -----------------------------------------------------------------------------
@@ -433,10 +434,14 @@ def test_folder_names_each_unreadable_file_once(tmp_path, capfd):
 
 
 def test_crops_follow_from_their_seed_and_leave_the_global_state():
-    crops = ep.Crops([(Image.effect_noise((64, 64), 80), 3)], 16)
+    noise = Image.effect_noise((64, 96), 80)
+    crops, middle = (ep.Crops([(noise, 3)], 16, augment) for augment in (True, False))
     state = torch.get_rng_state()
     assert crops[0, 5][1] == 3
     assert torch.equal(crops[0, 5][0], crops[0, 5][0]) and not torch.equal(crops[0, 5][0], crops[0, 6][0])
+    expected = torchvision.transforms.v2.functional.pil_to_tensor(
+        noise.convert("RGB").resize((16, 24), Image.Resampling.BILINEAR).crop((0, 4, 16, 20)))
+    assert torch.equal(middle[0, 5][0], expected) and torch.equal(middle[0, 6][0], expected)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -457,15 +462,18 @@ def test_every_image_comes_once_an_epoch_however_many_processes(seed, count, wor
 # ---- 7. Optimiser and schedule -----------------------------------------------------------------
 
 
-def test_optimizer_decays_matrices_only():
+def test_muon_moves_the_inner_matrices_and_only_matrices_decay():
     pretrainer = ep.Pretrainer(tiny_vit())
     ep.freeze_unused(pretrainer, images(0))
-    groups = {g["weight_decay"]: {id(p) for p in g["params"]}
-              for g in ep.build_optimizer(pretrainer, 0.1).param_groups}
+    adamw, muon = ep.build_optimizers(pretrainer, 0.1)
+    place = {id(p): (type(optimizer).__name__, group["weight_decay"])
+             for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]}
+    assert len(place) == len(list(pretrainer.parameters()))
     for name, p in pretrainer.named_parameters():
         matrix = name.endswith("weight") and "norm" not in name
-        assert (id(p) in groups[0.1]) == matrix, name
-        assert (id(p) in groups[0.0]) == (not matrix), name
+        inner = matrix and "blocks" in name
+        assert place[id(p)] == ("Muon" if inner else "AdamW", 0.1 if matrix else 0.0), name
+    assert len(ep.build_optimizers(torch.nn.Linear(2, 2), 0.1)) == 1        # no inner matrices
 
 
 @given(st.integers(0, 20), st.integers(1, 200), st.sampled_from([64, 256, 1024]))
@@ -482,15 +490,30 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
 # ---- 5. and 8. to 13. Through the command line -------------------------------------------------
 
 
-def test_corrupt_batch_draws_anew_for_every_step_and_process_but_one_task_for_all(monkeypatch):
-    args, x, drawn = ep.parse_args([*TINY, "--task", "mim,denoise"]), images(0, 4), {}
+def test_corrupt_batch_draws_anew_for_every_step_and_process(monkeypatch):
+    args, x, drawn = ep.parse_args([*TINY, "--task", "mim,denoise"]), images(0, 4), set()
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         for step in range(8):
-            drawn[rank, step] = ep.corrupt_batch(args, x, step)
-    assert {drawn[0, step][0] for step in range(8)} == {"mim", "denoise"}
-    assert all(drawn[0, step][0] == drawn[1, step][0] for step in range(8))
-    assert len({x_tilde.double().sum().item() for _, x_tilde in drawn.values()}) == 16
+            drawn.add(ep.corrupt_batch(args, x, step)[0].double().sum().item())
+    assert len(drawn) == 16
+
+
+@given(st.integers(0, 30), st.sampled_from([1, 2, 4, 8]))
+def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processes):
+    args = ep.parse_args([*TINY, "--task", "color,denoise,mim", "--batch-size", "8"])
+    x, part = images(0, 8).clamp(0.1, 1), 8 // processes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ep, "draw_strengths", lambda n, *_: torch.ones(n))
+        for rank in range(processes):
+            patch.setenv("RANK", str(rank))
+            x_tilde, weight = ep.corrupt_batch(args, x[rank * part:][:part], step)
+            assert x_tilde.shape == (part, 3, 16, 16) and weight.shape == (part,)
+            for i, image in enumerate(x_tilde):
+                grey, holes = torch.equal(image[0], image[1]), (image == 0).any().item()
+                turn = (8 * step + rank * part + i) % 3
+                assert (grey, holes) == [(True, False), (False, False), (False, True)][turn]
+                assert weight[i] == pytest.approx((1.5, 0.75, 0.75)[turn])      # 4, 2, 2 by their mean
 
 
 def test_one_compilation_serves_all_tasks(tmp_path, monkeypatch):
@@ -508,8 +531,8 @@ def files_equal(one, other):
     """Whether two saved dicts hold the same tensors, bit for bit."""
     a, b = (torch.load(path, weights_only=True) for path in (one, other))
     flat = [[value for key in ("module",) for value in d.get(key, d).values()] for d in (a, b)]
-    moments = [[v for state in d["optimizer"]["state"].values() for v in state.values()]
-               for d in (a, b)] if "optimizer" in a else [[], []]
+    moments = [[v for o in d.get("optimizers", []) for state in o["state"].values() for v in state.values()]
+               for d in (a, b)]
     return all(torch.equal(x, y) for x, y in zip(flat[0] + moments[0], flat[1] + moments[1], strict=True))
 
 
@@ -547,6 +570,20 @@ def test_evaluate_measures_what_it_says():
     assert row["energy_restored"] == 0 and row["order"] == 1 and row["descent"] == 1
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_examine_energy_measures_what_it_says(sign):
+    """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer at alpha = 1; or minus it."""
+    bowl = ep.Pretrainer(tiny_vit(), 1.0)
+    bowl.model = torch.nn.Module()
+    bowl.model.forward = lambda x: sign * x.square().flatten(1).sum(1) / 2
+    row = ep.examine_energy(bowl, torch.zeros(70, 3, 16, 16), "denoise", {"noise_std": 2.0})
+    assert row["auroc"] == row["order_quarter"] == (sign == 1)
+    assert row["rank_correlation"] == pytest.approx(sign) and row["slope"] == pytest.approx(sign)
+    before, after = row["psnr_quarter"]
+    assert row["psnr_clean"] > 100 and before == pytest.approx(ep.psnr(0.25), abs=0.1)
+    assert after > 100 if sign == 1 else after == pytest.approx(ep.psnr(1.0), abs=0.1)
+
+
 @pytest.mark.parametrize("data", ["procedural", "folder"])
 def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkeypatch):
     (tmp_path / "images").mkdir()
@@ -581,11 +618,11 @@ def test_two_processes_equal_one(tmp_path, monkeypatch):
         torchvision.utils.save_image(x, tmp_path / "images" / f"{i}.png", normalize=True)
     base = [*TINY, "--task", "sr", "--data", str(tmp_path / "images"), "--out"]
     (tmp_path / "ranks.py").write_text(
-        "import sys, torch, energy_pretrain as ep; ep.draw_strengths = lambda n, _: torch.ones(n); "
+        "import sys, torch, energy_pretrain as ep; ep.draw_strengths = lambda n, *_: torch.ones(n); "
         "ep.main(sys.argv[1:])")
     subprocess.run([*TORCHRUN, str(tmp_path / "ranks.py"), *base, str(tmp_path / "two")], check=True,
                    env=ENVIRONMENT, capture_output=True, timeout=100)
-    monkeypatch.setattr(ep, "draw_strengths", lambda n, _: torch.ones(n))
+    monkeypatch.setattr(ep, "draw_strengths", lambda n, *_: torch.ones(n))
     ep.main([*base, str(tmp_path / "one")])
     one, two = (torch.cat([p.flatten() for p in torch.load(tmp_path / name / "backbone.pt").values()])
                 for name in ("one", "two"))
@@ -721,9 +758,9 @@ def test_a_disk_that_takes_no_more_ends_in_one_line_and_loses_nothing(tmp_path, 
 def test_a_diverging_run_stops_with_step_and_value_and_keeps_the_checkpoint(tmp_path, capsys):
     base = [*TINY, "--task", "mim", "--out", str(tmp_path), "--save-every", "1"]
     real = ep.train_step
-    def broken(module, optimizer, inputs, rate):
-        values = real(module, optimizer, inputs, rate)
-        return values * float("nan") if optimizer.state[module.log_alpha]["step"] == 3 else values
+    def broken(module, optimizers, inputs, rate):
+        values = real(module, optimizers, inputs, rate)
+        return values * float("nan") if optimizers[0].state[module.log_alpha]["step"] == 3 else values
     ep.train_step = broken
     try:
         with pytest.raises(SystemExit) as stop:
