@@ -28,6 +28,7 @@ pixels lie in [-1, 1].
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
 ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
 autoencoders, Neural Computation 2011. Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021.
+Jordan et al.: Muon, an optimizer for hidden layers, 2024 (kellerjordan.github.io/posts/muon).
 The paper's hyper-parameters are not known to us; every default below is our choice.
 """
 
@@ -591,9 +592,10 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
 def build_optimizers(module, weight_decay):
     """Muon for the matrices inside the network, AdamW for all else: a list of the two.
 
-    Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest orthogonal one,
-    so that the rare directions learn as fast as the frequent ones; its steps are scaled to AdamW's
-    size, and one learning rate serves both. Biases, norms, embeddings and log alpha do not decay.
+    Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest orthogonal one:
+    all its directions move equally far, which here saves more than half of the steps. These steps
+    are scaled to AdamW's size, so that one learning rate serves both. Biases, norms, embeddings and
+    log alpha do not decay.
     """
     inner, decaying, exempt = [], [], []
     for name, p in module.named_parameters():
@@ -1009,7 +1011,8 @@ def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
     return F.smooth_l1_loss(x_tilde - alpha * slope, x)
 
 def benchmark(args, repetitions=10):
-    """Print what training steps cost, timed side by side; return {row: median seconds}."""
+    """Print what training steps cost, timed side by side, all under AdamW; return {row: median
+    seconds}."""
     device = set_up_device(args)
     cuda, size = device.type == "cuda", (args.batch_size, 3, args.image_size, args.image_size)
     x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
@@ -1055,13 +1058,13 @@ def benchmark(args, repetitions=10):
         seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
-          f"\n{'':<24}      ms  / supervised  floor  images/s  TFLOP/s{'  peak memory' * cuda}")
+    print0(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
+           f"\n{'':<24}      ms  / supervised  floor  images/s  TFLOP/s{'  peak memory' * cuda}")
     for name, value in medians.items():
         count = flops[name.split(",")[0]]
-        print(f"{name:<24}{value * 1e3:8.1f}{value / medians['supervised, compiled']:14.2f}"
-              f"{count / flops['supervised']:7.2f}{len(x) / value:10.0f}{count / value / 1e12:9.3f}"
-              f"{memory.get(name, '')}")
+        print0(f"{name:<24}{value * 1e3:8.1f}{value / medians['supervised, compiled']:14.2f}"
+               f"{count / flops['supervised']:7.2f}{len(x) / value:10.0f}"
+               f"{count / value / 1e12:9.3f}{memory.get(name, '')}")
     return medians
 
 # ---- 13. Command line --------------------------------------------------------------------------
@@ -1079,7 +1082,7 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--max-steps", int, (1500, None), "optimiser steps, if --epochs does not end before"),
     ("--batch-size", int, (16, 1024), "images per optimiser step, over all processes"),
     ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
-    ("--weight-decay", float, 0.05, "AdamW's, on matrices only"),
+    ("--weight-decay", float, 0.05, "of matrices only"),
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
