@@ -83,8 +83,8 @@ def psnr(mean_squared_error):
 
 def make_generator(device, *key):
     """A generator that is a pure function of integers such as (seed, step, rank): no random state
-    need ever be saved, and a resumed run draws what it would have drawn. Seeds below zero are ours:
-    -2 for held-out images. (Never -1: in Python hash(-1) == hash(-2).)"""
+    need ever be saved, and a resumed run draws what it would have drawn. Seeds below zero are ours,
+    such as -2 for what is held out. (Never -1: in Python hash(-1) == hash(-2).)"""
     return torch.Generator(device).manual_seed(hash(key) % 2**63)
 
 # ---- 2. Corruptions ----------------------------------------------------------------------------
@@ -351,9 +351,9 @@ class Pretrainer(nn.Module):
 def freeze_unused(pretrainer, x):
     """Freeze the parameters that never enter dE/dx; return their names.
 
-    What only shifts the energy has no part in its gradient, so it never learns, and DDP would wait
-    for it for ever: that is why the read-out has no bias, and the last LayerNorm of vit_b_16 loses
-    its own. One dry run finds such parameters in any network. UserError if no other is found;
+    What only shifts the energy has no part in its gradient, so it never learns, and DDP would
+    refuse the next step: that is why the read-out has no bias, and the last LayerNorm of vit_b_16
+    loses its own. One dry run finds such parameters in any network. UserError if no other is found;
     RuntimeError if an operation has no second derivative.
     """
     pretrainer(x, x / 2).backward()
@@ -380,7 +380,7 @@ def print0(*values, **options):
 
 def set_up_device(args):
     """Join the other processes, if any, and return this one's device."""
-    _, world_size, local_rank = process_place()
+    rank, world_size, local_rank = process_place()
     try:
         device = torch.device(args.device)
     except RuntimeError:
@@ -392,7 +392,14 @@ def set_up_device(args):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Workers that torchrun has restarted must not read the addresses their predecessors left
+        # in the store (pytorch/pytorch#135712). Across machines the count is no common name.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = next(dist.rendezvous("env://"))[0]
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            store = dist.PrefixStore("attempt " + attempt, store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
+                                rank=rank, world_size=world_size)
     return device
 
 def fail(error):
@@ -404,8 +411,9 @@ def fail(error):
     sys.exit(2)
 
 # ---- 6. Data -----------------------------------------------------------------------------------
-# Landscapes drawn on the spot, or image files. What step n trains on is a function of (seed, n)
-# alone, so a run that was stopped goes on with what it would have seen.
+# Landscapes drawn on the spot, or image files. What step n trains on follows from (seed, n), so a
+# run that was stopped goes on with what it would have seen: files however many processes there are,
+# landscapes and corruptions with as many as before.
 
 EPOCH_OF_LANDSCAPES = 1_281_167     # they have no end; as many as ImageNet-1K count as one epoch
 HELD_OUT = 256                      # crops of images never trained on that a run is evaluated on
@@ -477,7 +485,7 @@ class Crops(torch.utils.data.Dataset):
 
     source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
     says, instead of taking the middle. A file that cannot be decoded is replaced by the next.
-    Shrunken images are kept, up to 256 MiB a worker, so that a small folder of large photographs is
+    Shrunken images are kept, some 256 MiB a worker, so that a small folder of large photographs is
     decoded only once.
     """
 
@@ -583,7 +591,8 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
                 print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
                 crops.named.add(path)
             if paths.count("\0") == 99:
-                raise UserError(f"--data {args.data}: 100 unreadable images on end, up to {path!r}")
+                raise UserError(f"--data {args.data}: 100 unreadable images on end, up to "
+                                f"{paths.split(chr(0))[-1]!r}")
         pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
         yield pixels.float() / 127.5 - 1, labels
 
@@ -592,10 +601,10 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
 def build_optimizers(module, weight_decay):
     """Muon for the matrices inside the network, AdamW for all else: a list of the two.
 
-    Muon (Jordan et al., 2024) replaces a matrix's averaged gradient by the nearest orthogonal one:
-    all its directions move equally far, which here saves more than half of the steps. These steps
-    are scaled to AdamW's size, so that one learning rate serves both. Biases, norms, embeddings and
-    log alpha do not decay.
+    Muon (Jordan et al., 2024) replaces a matrix's momentum by roughly the nearest orthogonal
+    matrix: all its directions move about equally far. These steps are scaled to AdamW's size, so
+    that one learning rate serves both. Biases, norms, position and class embeddings (by the names
+    of our ViT) and log alpha do not decay.
     """
     inner, decaying, exempt = [], [], []
     for name, p in module.named_parameters():
@@ -609,7 +618,7 @@ def build_optimizers(module, weight_decay):
             decaying.append(p)
     groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)]
-    if inner:       # a convolutional network has none
+    if inner:       # a ResNet and a frozen backbone have none
         optimizers.append(torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -636,6 +645,8 @@ def write_file(args, name, write):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())             # on the disk before it has the name
         os.replace(unfinished, path)
     except (OSError, RuntimeError) as error:    # torch.save hides the former behind the latter
         with contextlib.suppress(OSError):      # where nothing can be written, nothing is left
@@ -663,8 +674,9 @@ def load_checkpoint(path, module=None, optimizers=()):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if module is not None:
             module.load_state_dict(checkpoint["module"])
-        for i, optimizer in enumerate(optimizers):
-            optimizer.load_state_dict(checkpoint["optimizers"][i])
+        if optimizers:
+            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
         return dict(checkpoint["config"]), int(checkpoint["step"])
     except Exception as error:      # a damaged file can make the unpickler raise anything
         raise UserError(f"{path}: no checkpoint of this script and model, or a damaged one "
@@ -753,14 +765,15 @@ def examine_energy(pretrainer, images, task, options):
         return psnr((y - x).square().mean().item())
     def after_one_step(y):
         return decibels(torch.cat([restore(model, part, alpha)[0] for part in y.split(64)]))
-    rise, distance = energy(x_s) - energy(x), (x_s - x).square().flatten(1).sum(1)      # (M,)
+    low, distance = energy(x), (x_s - x).square().flatten(1).sum(1)                     # (M,)
+    rise = energy(x_s) - low
     ranks = torch.stack([rise, distance]).argsort(1).argsort(1).double()
-    return {"auroc": (energy(x)[:, None] < energy(x_tilde)).double().mean().item(),
-            "order_quarter": (energy(x) < energy(quarter)).double().mean().item(),
+    return {"auroc": (low[:, None] < energy(x_tilde)).double().mean().item(),
+            "order_quarter": (low < energy(quarter)).double().mean().item(),
             "psnr_clean": after_one_step(x),
             "psnr_quarter": [decibels(quarter), after_one_step(quarter)],
             "rank_correlation": torch.corrcoef(ranks)[0, 1].item(),
-            "slope": (2 * alpha * rise / distance).median().item()}
+            "slope": (2 * alpha * rise / distance).nanmedian().item()}      # 0 / 0: a grey image
 
 def print_table(metrics, num_steps):
     def decibels(row, region=""):
@@ -835,9 +848,9 @@ def try_compile(pretrainer, batch_size, image_size, device):
 
 def train_step(module, optimizers, inputs, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
+    module.zero_grad()
     with autocast(inputs[0].device):
         loss = module(*inputs)
-    module.zero_grad()
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm=1.0)
     for optimizer in optimizers:
@@ -880,21 +893,21 @@ def log_progress(record, args):
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
 
 def corrupt_batch(args, x, step):
-    """Corrupt images; return x_tilde and the images' weights in the loss (B,), on average 1.
+    """Corrupt images; return x_tilde and the images' weights in the loss (B,), 1 in the long run.
 
-    With several tasks they are dealt out in turn, so that every step serves all of them. Weights
-    make a decibel count about as much in one as in another, small as some tasks' errors are."""
+    With several tasks they are dealt out in turn, so that every step serves all of them. The
+    weights help those with small errors to be heard among the others."""
     tasks, rank = args.task.split(","), process_place()[0]
+    first = step * args.batch_size + rank * len(x)
     generator = make_generator(x.device, args.seed, step, rank, 1)
     strength = draw_strengths(len(x), generator, args.full_share)
-    x_tilde = torch.empty_like(x)
-    weights = torch.tensor([float(CORRUPTIONS[task][2]) for task in tasks])
-    turn = (torch.arange(len(x)) + step * args.batch_size + rank * len(x)) % len(tasks)
-    for i, task in enumerate(turn[:len(tasks)].tolist()):
-        own = slice(i, None, len(tasks))
-        x_tilde[own] = corrupt(x[own], tasks[task], generator, strength[own],
-                               **corruption_options(args))
-    return x_tilde, (weights / weights.mean())[turn].to(x.device)
+    x_tilde, weights = torch.empty_like(x), x.new_empty(len(x))
+    mean_weight = statistics.mean(CORRUPTIONS[task][2] for task in tasks)
+    for i in range(min(len(tasks), len(x))):
+        task, own = tasks[(first + i) % len(tasks)], slice(i, None, len(tasks))
+        x_tilde[own] = corrupt(x[own], task, generator, strength[own], **corruption_options(args))
+        weights[own] = CORRUPTIONS[task][2] / mean_weight
+    return x_tilde, weights
 
 @contextlib.contextmanager
 def stop_signals(world_size):
@@ -1016,7 +1029,8 @@ def benchmark(args, repetitions=10):
     device = set_up_device(args)
     cuda, size = device.type == "cuda", (args.batch_size, 3, args.image_size, args.image_size)
     x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
-    energy = build_model(args.model, args.image_size, args.patch_size).to(device)
+    pretrainer = build_pretrainer(args, x)
+    energy = pretrainer.model
     nn.init.normal_(energy.head.weight)
     classifier = Classifier(copy.deepcopy(energy), 1000).to(device)
     for module in classifier.modules():
@@ -1027,10 +1041,9 @@ def benchmark(args, repetitions=10):
         module = torch.compile(module, fullgraph=True) if compiled else module
         return lambda: train_step(module, optimizers, (x, target), 0.0)
     def energy_step(loss_fn):
-        pretrainer = Pretrainer(energy).to(device)
-        freeze_unused(pretrainer, x[:2])
-        pretrainer.loss_fn = loss_fn
-        return step(pretrainer, x.clone())
+        same = copy.copy(pretrainer)            # the same parameters
+        same.loss_fn = loss_fn
+        return step(same, x.clone())
     rows = {"forward": autocast(device)(torch.no_grad()(lambda: energy(x))),
             "supervised, eager": step(classifier, labels),
             "supervised, compiled": step(classifier, labels, compiled=True),
@@ -1123,7 +1136,7 @@ def check_args(args):
             "classification model of torchvision")
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            if name in ("weight_decay", "warmup_steps", "workers", "seed"):
+            if name in ("weight_decay", "warmup_steps", "workers", "seed", "full_share"):
                 require(0 <= value < math.inf, name, "must be 0 or more")
             else:
                 require(0 < value < math.inf, name, "must be above 0")
@@ -1133,7 +1146,7 @@ def check_args(args):
             f"must be a multiple of the {processes} processes")
     for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
                        ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
-        require(not used or args.image_size % (getattr(args, name) or 4) == 0, name,
+        require(not used or args.image_size % (getattr(args, name) or 1) == 0, name,
                 f"must divide the image size, {args.image_size}")
 
 def parse_args(argv):
@@ -1153,7 +1166,9 @@ def parse_args(argv):
                 default for flag, _, default, _ in FLAGS}
     if {"max_steps", "epochs"} & typed.keys():              # either one replaces both defaults
         defaults |= {"max_steps": None, "epochs": None}
-    name = "finetune" if "finetune" in typed else typed.get("task", defaults["task"])
+    name = typed.get("task", defaults["task"])
+    if "finetune" in typed:
+        name = "scratch" if typed["finetune"] == "scratch" else "finetune"
     defaults["out"] = "runs/" + name.replace(",", "-")
     saved, kept = {}, {"model", "image_size", "patch_size", "data", "augment"}
     if "evaluate" in typed:
@@ -1192,7 +1207,7 @@ device    {torch.cuda.get_device_name(device) if cuda else device}, {processes} 
 {'bfloat16 autocast, TF32' if cuda else 'float32'}, torch {torch.__version__}
 data      {args.data}; to train on: {counts[0]}; held out: {counts[1]}
 model     {args.model}, {sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, \
-{args.image_size} px{', compiled' * args.compile}
+{args.image_size} px{', to be compiled' if args.compile and not args.finetune else ''}
 training  {f'classifier from {args.finetune}' if args.finetune else args.task}; {args.max_steps} \
 steps of {args.batch_size} images, {args.batch_size // processes} per process; K = {args.num_steps}
 output    {args.out}""")
@@ -1242,8 +1257,9 @@ def run(args):
     return metrics
 
 def main(argv=None):
-    """Pretrain or evaluate as the command line says; return {task: {metric: value}}, see `evaluate`
-    (under torchrun on rank 0). A mistake of the user's is one line on stderr and SystemExit(2)."""
+    """Do as the command line says; return {task: {metric: value}}, see `evaluate` and
+    `examine_energy`, after --finetune {"knn", "accuracy"} (under torchrun on rank 0). A mistake of
+    the user's is one line on stderr and SystemExit(2)."""
     try:
         args = parse_args(argv)
         return benchmark(args) if args.benchmark else run(args)

@@ -284,6 +284,16 @@ def test_gradient_through_the_restoration_equals_finite_differences(seed, num_st
         assert got == pytest.approx(expected, rel=1e-3, abs=1e-8), name
 
 
+def test_the_loss_is_a_mean_of_the_images_losses_by_their_weights():
+    model, x, x_tilde = tiny_vit().double(), images(0, dtype=torch.float64), images(1, dtype=torch.float64)
+    losses = [ep.energy_loss(model, x[i:i + 1], x_tilde[i:i + 1], 2.0, 2) for i in range(3)]
+    torch.testing.assert_close(ep.energy_loss(model, x, x_tilde, 2.0, 2), sum(losses) / 3)
+    weight = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
+    pretrainer = ep.Pretrainer(model, 2.0, num_steps=2)
+    torch.testing.assert_close(pretrainer(x, x_tilde, weight), (2 * losses[1] + losses[2]) / 3,
+                               rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_every_trainable_parameter_gets_a_gradient_and_the_frozen_are_known(head):
     pretrainer = ep.Pretrainer(tiny_vit(head=head))
@@ -501,10 +511,10 @@ def test_corrupt_batch_draws_anew_for_every_step_and_process(monkeypatch):
 
 @given(st.integers(0, 30), st.sampled_from([1, 2, 4, 8]))
 def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processes):
-    args = ep.parse_args([*TINY, "--task", "color,denoise,mim", "--batch-size", "8"])
+    args = ep.parse_args([*TINY, "--task", "color,denoise,mim", "--batch-size", "8",
+                          "--full-share", "1"])
     x, part = images(0, 8).clamp(0.1, 1), 8 // processes
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ep, "draw_strengths", lambda n, *_: torch.ones(n))
         for rank in range(processes):
             patch.setenv("RANK", str(rank))
             x_tilde, weight = ep.corrupt_batch(args, x[rank * part:][:part], step)
@@ -610,19 +620,24 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(SCRIPT).parent)}
 
 
-def test_two_processes_equal_one(tmp_path, monkeypatch):
+def test_two_processes_one_of_them_killed_equal_one(tmp_path):
     """The whole program, on files and without random strengths, so that both see the same batches:
-    the weights must differ by rounding only, which AdamW enlarges where gradients are tiny."""
+    the weights must differ by rounding only, which AdamW enlarges where gradients are tiny. After
+    the first save a process is killed, and torchrun starts both again."""
     (tmp_path / "images").mkdir()
     for i, x in enumerate(images(0, 9, 32)):
         torchvision.utils.save_image(x, tmp_path / "images" / f"{i}.png", normalize=True)
-    base = [*TINY, "--task", "sr", "--data", str(tmp_path / "images"), "--out"]
-    (tmp_path / "ranks.py").write_text(
-        "import sys, torch, energy_pretrain as ep; ep.draw_strengths = lambda n, *_: torch.ones(n); "
-        "ep.main(sys.argv[1:])")
-    subprocess.run([*TORCHRUN, str(tmp_path / "ranks.py"), *base, str(tmp_path / "two")], check=True,
-                   env=ENVIRONMENT, capture_output=True, timeout=100)
-    monkeypatch.setattr(ep, "draw_strengths", lambda n, *_: torch.ones(n))
+    base = [*TINY, "--task", "sr", "--full-share", "1", "--data", str(tmp_path / "images"), "--out"]
+    (tmp_path / "killed.py").write_text(
+        "import os, sys, energy_pretrain as ep; step, saved = ep.train_step, sys.argv[-1] + '/checkpoint.pt'\n"
+        "def train_step(*inputs):\n"
+        "    if os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10' and os.path.exists(saved):\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "    return step(*inputs)\n"
+        "ep.train_step = train_step; ep.main(sys.argv[1:])")
+    done = subprocess.run([*TORCHRUN, "--max-restarts=1", str(tmp_path / "killed.py"), "--save-every", "1", *base,
+                           str(tmp_path / "two")], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and "resuming  after step" in done.stdout, done.stderr
     ep.main([*base, str(tmp_path / "one")])
     one, two = (torch.cat([p.flatten() for p in torch.load(tmp_path / name / "backbone.pt").values()])
                 for name in ("one", "two"))
@@ -647,9 +662,11 @@ def test_torchrun_trains_saves_and_says_mistakes_once(tmp_path):
     (["--model", "resnet19"], "--model resnet19: choose from nano"),
     (["--model", "mobilenet_v3_small"], "mobilenet_v3_small at 16 pixels: derivative for"),
     (["--model", "inception_v3"], "--model inception_v3 at 16 pixels: "),
-    (["--image-size", "18"], "--patch-size None: must divide"),
+    (["--image-size", "18", "--task", "denoise"], "--model nano at 18 pixels: image size 18 is not divisible by patch size 4"),
+    (["--benchmark", "--model", "squeezenet1_0"], "does not end in a linear layer"),
     (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
     (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
+    (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
     (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
@@ -743,12 +760,12 @@ def test_a_disk_that_takes_no_more_ends_in_one_line_and_loses_nothing(tmp_path, 
     monkeypatch.setattr(ep, "save_checkpoint", save_once)
     (tmp_path / "file").touch()
     try:
-        for path, name in ((out, "backbone.pt"), (tmp_path / "file", "log.jsonl")):
+        for path, name, why in ((out, "backbone.pt", "too large"), (tmp_path / "file", "log.jsonl", "exists")):
             with pytest.raises(SystemExit) as stop:
                 ep.main([*TINY, "--task", "sr", "--save-every", "2", "--out", str(path)])
             said = capsys.readouterr().err
             assert stop.value.code == 2 and said.count("\n") == 1, said
-            assert f"{path / name}: cannot be written (" in said, said
+            assert f"{path / name}: cannot be written (" in said and why in said, said
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     left = {path.name: path.read_bytes() for path in out.iterdir()}
