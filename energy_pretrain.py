@@ -791,7 +791,7 @@ def print_table(metrics, num_steps):
     for task, row in metrics.items():
         before, after = row["psnr_quarter"]
         print(f"{task:<20}{row['auroc']:8.3f}{row['order_quarter']:16.1%}{row['psnr_clean']:15.2f}"
-              f"{before:15.2f}{after:8.2f}{row['rank_correlation']:12.3f}{row['slope']:7.2f}")
+              f"{before:15.2f}{after:8.2f}{row['rank_correlation']:12.3f} {row['slope']:6.2f}")
 
 @torch.no_grad()
 def draw_picture(pretrainer, images, tasks, options):
@@ -819,7 +819,7 @@ def report(args, pretrainer, images):
     tasks, options = args.task.split(","), corruption_options(args)
     metrics = evaluate(pretrainer, images, tasks, options)
     for task in tasks:
-        metrics[task] |= examine_energy(pretrainer, images, task, options)
+        metrics[task] |= examine_energy(pretrainer, images[:HELD_OUT // 2], task, options)
     print_table(metrics, args.num_steps)
     picture = draw_picture(pretrainer, images[:8], tasks, options)
     write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
@@ -1067,17 +1067,20 @@ def benchmark(args, repetitions=10):
         row()
         if cuda:
             torch.cuda.synchronize()
-            memory[name] = f"{torch.cuda.max_memory_allocated() / 2**30:8.2f} GiB"
+            memory[name] = torch.cuda.max_memory_allocated() / 2**30
         seconds[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print0(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
-           f"\n{'':<24}      ms  / supervised  floor  images/s  TFLOP/s{'  peak memory' * cuda}")
+           f"\n{'':<24}      ms  / supervised  floor  images/s  TFLOP/s"
+           + "  peak memory  of product" * cuda)
+    peak = flops["8192^3 product"] / medians.get("8192^3 product, bfloat16", 1)
     for name, value in medians.items():
         count = flops[name.split(",")[0]]
+        used = f"{memory[name]:9.2f} GiB{count / value / peak:12.1%}" if cuda else ""
         print0(f"{name:<24}{value * 1e3:8.1f}{value / medians['supervised, compiled']:14.2f}"
                f"{count / flops['supervised']:7.2f}{len(x) / value:10.0f}"
-               f"{count / value / 1e12:9.3f}{memory.get(name, '')}")
+               f"{count / value / 1e12:9.3f}{used}")
     return medians
 
 # ---- 13. Command line --------------------------------------------------------------------------

@@ -537,6 +537,14 @@ def test_one_compilation_serves_all_tasks(tmp_path, monkeypatch):
     assert len(graphs) == 1
 
 
+def test_a_failed_compilation_is_said_in_one_line_and_done_without(tmp_path, capsys, monkeypatch):
+    def compile(*args, **options):
+        return lambda *inputs: 1 / 0
+    monkeypatch.setattr(torch, "compile", compile)
+    assert "sr" in ep.main([*TINY, "--task", "sr", "--compile", "--out", str(tmp_path)])
+    assert capsys.readouterr().err == "warning: not compiled, going on without (ZeroDivisionError)\n"
+
+
 def files_equal(one, other):
     """Whether two saved dicts hold the same tensors, bit for bit."""
     a, b = (torch.load(path, weights_only=True) for path in (one, other))
