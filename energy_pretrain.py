@@ -126,6 +126,7 @@ def remove_color(x, generator):
     weights = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
     return (x * weights).sum(1, keepdim=True).expand_as(x).clone()
 
+# The last column weighs the tasks against each other when one network learns several; by trial.
 CORRUPTIONS = {  # task: (its verb, the options that set how hard it is, its weight in the loss)
     "mim": (hide_blocks, ("mask_ratio", "mask_grid"), 2),
     "sort": (shuffle_patches, ("sort_grid",), 1),
@@ -154,7 +155,8 @@ def draw_strengths(batch_size, generator, full_share=0.5):
     With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
     nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
         E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
-    near |x_tilde - x|^2 / (2 alpha) if x_hat_s is near x: energies are in order, and data at rest.
+    x_hat_s being the restoration of x_s = x + s (x_tilde - x); it is |x_tilde - x|^2 / (2 alpha) if
+    every x_hat_s is x: then energies are in order, and data at rest.
     """
     s = torch.rand(batch_size, generator=generator, device=generator.device)
     return (s / max(1 - full_share, 1e-9)).clamp(max=1)
@@ -893,10 +895,8 @@ def log_progress(record, args):
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
 
 def corrupt_batch(args, x, step):
-    """Corrupt images; return x_tilde and the images' weights in the loss (B,), 1 in the long run.
-
-    With several tasks they are dealt out in turn, so that every step serves all of them. The
-    weights help those with small errors to be heard among the others."""
+    """Corrupt images; return x_tilde and the images' weights in the loss (B,), on average over the
+    tasks 1. Several tasks are dealt out in turn, so that every step serves all of them."""
     tasks, rank = args.task.split(","), process_place()[0]
     first = step * args.batch_size + rank * len(x)
     generator = make_generator(x.device, args.seed, step, rank, 1)

@@ -602,6 +602,12 @@ def test_examine_energy_measures_what_it_says(sign):
     assert after > 100 if sign == 1 else after == pytest.approx(ep.psnr(1.0), abs=0.1)
 
 
+def test_examine_energy_passes_over_images_without_colour():
+    x = images(0, 6)
+    x[:2] = corrupted(x, "color", 0)[:2]
+    assert abs(ep.examine_energy(ep.Pretrainer(tiny_vit()), x, "color", {})["slope"]) < 1e6
+
+
 @pytest.mark.parametrize("data", ["procedural", "folder"])
 def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkeypatch):
     (tmp_path / "images").mkdir()
@@ -626,6 +632,18 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkey
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(SCRIPT).parent)}
+
+
+def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch):
+    shared, stores = torch.distributed.HashStore(), []
+    monkeypatch.setattr(ep.dist, "rendezvous", lambda url: iter([(shared, 0, 2)]))
+    monkeypatch.setattr(ep.dist, "init_process_group", lambda *a, store, **k: stores.append(store))
+    for attempt in "01":
+        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("TORCHELASTIC_RESTART_COUNT", attempt)):
+            monkeypatch.setenv(name, value)
+        ep.set_up_device(argparse.Namespace(device="cpu"))
+    stores[0].set("address", "old")
+    assert stores[0].check(["address"]) and not stores[1].check(["address"])
 
 
 def test_two_processes_one_of_them_killed_equal_one(tmp_path):
@@ -864,6 +882,12 @@ def test_named_data_train_and_classify(tmp_path, monkeypatch):
     base = [*TINY, "--data", "cifar10", "--out"]
     assert "sr" in ep.main([*base, str(tmp_path / "a"), "--task", "sr"])
     assert ep.main([*base, str(tmp_path / "b"), "--finetune", "scratch"])["accuracy"] <= 1
+
+
+def test_classifiers_from_a_checkpoint_and_from_scratch_have_folders_of_their_own(tmp_path):
+    ep.main([*TINY, "--out", str(tmp_path)])
+    outs = [ep.parse_args(["--finetune", start]).out for start in ("scratch", str(tmp_path / "checkpoint.pt"))]
+    assert outs == ["runs/scratch", "runs/finetune"]
 
 
 def test_knn_counts_the_votes_of_the_nearest():
