@@ -149,7 +149,7 @@ def corrupt(x, task, generator, strength=1.0, **options):
     s = torch.as_tensor(strength, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     return torch.lerp(x, x_tilde, s)          # exact at both ends, unlike x + s * (x_tilde - x)
 
-def draw_strengths(batch_size, generator, full_share=0.5):
+def draw_strengths(batch_size, generator, full_share=0.75):
     """One strength per image (B,): 1 for a share of them on average, else uniform in [0, 1].
 
     With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
@@ -894,9 +894,14 @@ def log_progress(record, args):
             f"{left // 60:.0f}:{left % 60:02.0f} left")
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
 
-def corrupt_batch(args, x, step):
-    """Corrupt images; return x_tilde and the images' weights in the loss (B,), on average over the
-    tasks 1. Several tasks are dealt out in turn, so that every step serves all of them."""
+def corrupt_batch(args, pretrainer, x, step):
+    """Corrupt images; return x_tilde and the images' weights in the loss (B,).
+
+    Several tasks are dealt out in turn, so that every step serves all of them. Besides its task's
+    weight an image has 1/s, but at most 5, as its error falls with the square of its strength s.
+    One image of args.walk_every, in each task, then goes the walk of Eq. (2) and is trained from
+    its end: there a second walk begins, and nothing else is learned so near to the clean image.
+    """
     tasks, rank = args.task.split(","), process_place()[0]
     first = step * args.batch_size + rank * len(x)
     generator = make_generator(x.device, args.seed, step, rank, 1)
@@ -907,7 +912,13 @@ def corrupt_batch(args, x, step):
         task, own = tasks[(first + i) % len(tasks)], slice(i, None, len(tasks))
         x_tilde[own] = corrupt(x[own], task, generator, strength[own], **corruption_options(args))
         weights[own] = CORRUPTIONS[task][2] / mean_weight
-    return x_tilde, weights
+    walking = [i for i in range(len(x))
+               if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
+    if walking:
+        with autocast(x.device):
+            x_tilde[walking] = restore(pretrainer.model, x_tilde[walking],
+                                       pretrainer.log_alpha.exp(), args.num_steps)[-1]
+    return x_tilde, weights / strength.clamp(min=0.2)
 
 @contextlib.contextmanager
 def stop_signals(world_size):
@@ -938,9 +949,9 @@ def train(args, module, optimizers, crops, device, first_step):
     recent, since, images_since = [], time.perf_counter(), 0
     with stop_signals(world_size) as asked_to_stop:
         for step, (x, labels) in enumerate(batches, first_step + 1):    # 1 is the first
-            inputs = (x, labels) if args.finetune else (x, *corrupt_batch(args, x, step))
+            inputs = (labels,) if args.finetune else corrupt_batch(args, module, x, step)
             rate = learning_rate(args, step - 1)
-            recent.append(train_step(wrapped, optimizers, inputs, rate))
+            recent.append(train_step(wrapped, optimizers, (x, *inputs), rate))
             images_since += args.batch_size
             log = step % LOG_EVERY == 0 or step == args.max_steps
             stop = asked_to_stop()
@@ -1102,7 +1113,8 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
-    ("--full-share", float, 0.5, "share of images corrupted in full, the others in part"),
+    ("--full-share", float, 0.75, "share of images corrupted in full, the others in part"),
+    ("--walk-every", int, 4, "of so many images one is trained where a first walk ends; 0: none"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
     ("--sort-grid", int, 4, "sort: pieces per side"),
@@ -1139,7 +1151,8 @@ def check_args(args):
             "classification model of torchvision")
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            if name in ("weight_decay", "warmup_steps", "workers", "seed", "full_share"):
+            if name in ("weight_decay", "warmup_steps", "workers", "seed", "full_share",
+                        "walk_every"):
                 require(0 <= value < math.inf, name, "must be 0 or more")
             else:
                 require(0 < value < math.inf, name, "must be above 0")

@@ -501,29 +501,55 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
 
 
 def test_corrupt_batch_draws_anew_for_every_step_and_process(monkeypatch):
-    args, x, drawn = ep.parse_args([*TINY, "--task", "mim,denoise"]), images(0, 4), set()
+    args = ep.parse_args([*TINY, "--task", "mim,denoise", "--walk-every", "0"])
+    x, drawn = images(0, 4), set()
     for rank in (0, 1):
         monkeypatch.setenv("RANK", str(rank))
         for step in range(8):
-            drawn.add(ep.corrupt_batch(args, x, step)[0].double().sum().item())
+            drawn.add(ep.corrupt_batch(args, None, x, step)[0].double().sum().item())
     assert len(drawn) == 16
 
 
 @given(st.integers(0, 30), st.sampled_from([1, 2, 4, 8]))
 def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processes):
     args = ep.parse_args([*TINY, "--task", "color,denoise,mim", "--batch-size", "8",
-                          "--full-share", "1"])
+                          "--full-share", "1", "--walk-every", "0"])
     x, part = images(0, 8).clamp(0.1, 1), 8 // processes
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(processes):
             patch.setenv("RANK", str(rank))
-            x_tilde, weight = ep.corrupt_batch(args, x[rank * part:][:part], step)
+            x_tilde, weight = ep.corrupt_batch(args, None, x[rank * part:][:part], step)
             assert x_tilde.shape == (part, 3, 16, 16) and weight.shape == (part,)
             for i, image in enumerate(x_tilde):
                 grey, holes = torch.equal(image[0], image[1]), (image == 0).any().item()
                 turn = (8 * step + rank * part + i) % 3
                 assert (grey, holes) == [(True, False), (False, False), (False, True)][turn]
                 assert weight[i] == pytest.approx((1.5, 0.75, 0.75)[turn])      # 4, 2, 2 by their mean
+
+
+def test_images_corrupted_in_part_weigh_more_by_what_their_strength_lacks(monkeypatch):
+    strengths = torch.tensor([1.0, 0.5, 0.25, 0.2, 0.1, 0.0])
+    monkeypatch.setattr(ep, "draw_strengths", lambda *_: strengths)
+    args = ep.parse_args([*TINY, "--task", "denoise", "--walk-every", "0"])
+    _, weights = ep.corrupt_batch(args, None, images(0, 6), 1)
+    torch.testing.assert_close(weights, torch.tensor([1.0, 2, 4, 5, 5, 5]))
+
+
+@given(st.integers(0, 30), st.sampled_from([1, 2, 4, 8]), st.integers(1, 9))
+def test_one_of_so_many_images_in_each_task_is_trained_where_a_walk_ends(step, processes, every):
+    options = [*TINY, "--task", "mim,sr", "--batch-size", "8", "--num-steps", "2", "--walk-every"]
+    pretrainer, x, part = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8), 8 // processes
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(processes):
+            patch.setenv("RANK", str(rank))
+            start, walked = (ep.corrupt_batch(ep.parse_args([*options, str(n)]), pretrainer,
+                                              x[rank * part:][:part], step)[0] for n in (0, every))
+            assert not walked.requires_grad
+            end = ep.restore(pretrainer.model, start, 3.0, 2)[-1]
+            assert (end != start).flatten(1).any(1).all()
+            turns = [(8 * step + rank * part + i) // 2 % every == 0 for i in range(part)]
+            expected = torch.where(torch.tensor(turns).view(-1, 1, 1, 1), end, start)
+            torch.testing.assert_close(walked, expected)
 
 
 def test_one_compilation_serves_all_tasks(tmp_path, monkeypatch):
