@@ -1106,7 +1106,7 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
     ("--image-size", int, (32, 224), "side of the images in pixels"),
     ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
     ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
-    ("--max-steps", int, (1500, None), "optimiser steps, if --epochs does not end before"),
+    ("--max-steps", int, (1200, None), "optimiser steps, if --epochs does not end before"),
     ("--batch-size", int, (16, 1024), "images per optimiser step, over all processes"),
     ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
     ("--weight-decay", float, 0.05, "of matrices only"),
