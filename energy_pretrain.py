@@ -123,7 +123,8 @@ def add_noise(x, generator, noise_std=0.5):
 
 def remove_color(x, generator):
     """Colourisation: keep only the luma (ITU-R BT.601 weights), repeated in all three channels."""
-    weights = x.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
+    weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(1, 3, 1, 1)
+    weights = weights.to(x.device, non_blocking=True)       # else the GPU would be waited for
     return (x * weights).sum(1, keepdim=True).expand_as(x).clone()
 
 # The last column weighs the tasks against each other when one network learns several; by trial.
@@ -435,7 +436,7 @@ def draw_landscapes(batch_size, size, generator):
     def uniform(low, high):
         return low + (high - low) * torch.rand(B, 1, 1, 1, generator=generator, device=device)
     def rgb(*values):
-        return torch.tensor(values, device=device).view(1, 3, 1, 1)
+        return torch.tensor(values).view(1, 3, 1, 1).to(device, non_blocking=True)
     u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)           # to the right
     v = u.transpose(2, 3)                                                       # downwards
     wave = torch.sin(2 * math.pi * (uniform(0.5, 1.5) * u + uniform(0, 1)))
@@ -915,6 +916,7 @@ def corrupt_batch(args, pretrainer, x, step):
     walking = [i for i in range(len(x))
                if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
     if walking:
+        walking = torch.tensor(walking).to(x.device, non_blocking=True)
         with autocast(x.device):
             x_tilde[walking] = restore(pretrainer.model, x_tilde[walking],
                                        pretrainer.log_alpha.exp(), args.num_steps)[-1]
