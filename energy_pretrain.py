@@ -901,7 +901,7 @@ def corrupt_batch(args, pretrainer, x, step):
     Several tasks are dealt out in turn, so that every step serves all of them. Besides its task's
     weight an image has 1/s, but at most 5, as its error falls with the square of its strength s.
     One image of args.walk_every, in each task, then goes the walk of Eq. (2) and is trained from
-    its end: there a second walk begins, and nothing else is learned so near to the clean image.
+    its end: there a second walk begins, and no corruption errs the way a restored image does.
     """
     tasks, rank = args.task.split(","), process_place()[0]
     first = step * args.batch_size + rank * len(x)
@@ -916,10 +916,10 @@ def corrupt_batch(args, pretrainer, x, step):
     walking = [i for i in range(len(x))
                if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
     if walking:
-        walking = torch.tensor(walking).to(x.device, non_blocking=True)
+        own = torch.tensor(walking).to(x.device, non_blocking=True)
         with autocast(x.device):
-            x_tilde[walking] = restore(pretrainer.model, x_tilde[walking],
-                                       pretrainer.log_alpha.exp(), args.num_steps)[-1]
+            x_tilde[own] = restore(pretrainer.model, x_tilde[own], pretrainer.log_alpha.exp(),
+                                   args.num_steps)[-1]
     return x_tilde, weights / strength.clamp(min=0.2)
 
 @contextlib.contextmanager

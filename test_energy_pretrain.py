@@ -667,12 +667,12 @@ def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch)
     shared, stores = torch.distributed.HashStore(), []
     monkeypatch.setattr(ep.dist, "rendezvous", lambda url: iter([(shared, 0, 2)]))
     monkeypatch.setattr(ep.dist, "init_process_group", lambda *a, store, **k: stores.append(store))
-    for attempt in "01":
-        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("TORCHELASTIC_RESTART_COUNT", attempt)):
+    for attempt, local in (("0", "2"), ("1", "2"), ("1", "1")):     # the last on two machines
+        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", local), ("TORCHELASTIC_RESTART_COUNT", attempt)):
             monkeypatch.setenv(name, value)
         ep.set_up_device(argparse.Namespace(device="cpu"))
     stores[0].set("address", "old")
-    assert stores[0].check(["address"]) and not stores[1].check(["address"])
+    assert stores[0].check(["address"]) and not stores[1].check(["address"]) and stores[2] is shared
 
 
 def test_two_processes_one_of_them_killed_equal_one(tmp_path):
