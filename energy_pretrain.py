@@ -28,6 +28,7 @@ pixels lie in [-1, 1].
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
 ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
 autoencoders, Neural Computation 2011. Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021.
+He et al.: Masked autoencoders are scalable vision learners, CVPR 2022.
 Jordan et al.: Muon, an optimizer for hidden layers, 2024 (kellerjordan.github.io/posts/muon).
 The paper's hyper-parameters are not known to us; every default below is our choice.
 """
@@ -984,20 +985,26 @@ LABELLED = 4096         # at most so many images vote, and as many held-out ones
 
 class Classifier(nn.Module):
     """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
-    stays as it is, so that a linear probe is trained."""
+    stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
+    of masked autoencoders (He et al., 2022): representations of all images are much alike, and what
+    tells them apart would be learned slowly."""
 
     def __init__(self, model, num_classes, freeze=False):
         super().__init__()
         self.model = model.requires_grad_(not freeze)
         self.model.head.requires_grad_(False)           # the energy has no part in it
+        self.norm = nn.BatchNorm1d(model.head.in_features, affine=False)
         self.linear = nn.Linear(model.head.in_features, num_classes)
 
     def forward(self, x, labels):
-        return F.cross_entropy(self.linear(self.model.represent(x)), labels)
+        return F.cross_entropy(self.linear(self.norm(self.model.represent(x))), labels)
 
     @torch.no_grad()
     def accuracy(self, x, labels, chunk=64):
-        guess = [self.linear(self.model.represent(part)).argmax(1) for part in x.split(chunk)]
+        self.norm.eval()                        # here the running statistics, not those of a chunk
+        guess = [self.linear(self.norm(self.model.represent(part))).argmax(1)
+                 for part in x.split(chunk)]
+        self.norm.train()
         return (torch.cat(guess) == labels).double().mean().item()
 
 @torch.no_grad()
@@ -1046,6 +1053,7 @@ def benchmark(args, repetitions=10):
     energy = pretrainer.model
     nn.init.normal_(energy.head.weight)
     classifier = Classifier(copy.deepcopy(energy), 1000).to(device)
+    classifier.norm.eval()                      # takes one image, too
     for module in classifier.modules():
         if type(module) is Attention:
             module.__class__ = FusedAttention
@@ -1162,6 +1170,8 @@ def check_args(args):
     require(args.full_share <= 1, "full_share", "must be 1 or less")
     require(args.batch_size % processes == 0, "batch_size",
             f"must be a multiple of the {processes} processes")
+    require(not args.finetune or args.batch_size > processes, "batch_size",
+            "--finetune needs two images or more for each process")
     for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
                        ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
         require(not used or args.image_size % (getattr(args, name) or 1) == 0, name,

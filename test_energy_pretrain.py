@@ -724,6 +724,7 @@ def test_torchrun_trains_saves_and_says_mistakes_once(tmp_path):
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
+    (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two images"),
     (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
     (["--device", "cuda:x"], "--device cuda:x"),
     (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
@@ -919,6 +920,23 @@ def test_classifiers_from_a_checkpoint_and_from_scratch_have_folders_of_their_ow
     assert outs == ["runs/scratch", "runs/finetune"]
 
 
+@given(seed=seeds, scale=st.floats(0.1, 10), shift=st.floats(-3, 3))
+def test_classifier_looks_at_what_tells_images_apart(seed, scale, shift):
+    """Not at what their representations share, nor at its size; an image's class needs no company."""
+    torch.manual_seed(seed)
+    model = torch.nn.Module()
+    model.head, model.represent = torch.nn.Linear(3, 1), lambda x: x
+    classifier = ep.Classifier(model, 4)
+    x, labels = 5 * torch.randn(16, 3), torch.randint(4, (16,))
+    torch.testing.assert_close(classifier(shift + scale * x, labels), classifier(x, labels), rtol=1e-3, atol=1e-3)
+    for _ in range(100):
+        classifier(x, labels)
+    score = classifier.linear((x - x.mean(0)) / x.std(0)).argmax(1)
+    for chunk in (1, 16):
+        assert classifier.accuracy(x, labels, chunk) == (score == labels).double().mean()
+    assert classifier.norm.training
+
+
 def test_knn_counts_the_votes_of_the_nearest():
     model = torch.nn.Module()
     model.represent = lambda x: x
@@ -985,7 +1003,7 @@ def test_benchmark_supervises_with_fused_attention(monkeypatch):
 def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **k, backend="aot_eager"))
-    medians = ep.main([*TINY, "--benchmark"])
+    medians = ep.main([*TINY, "--benchmark", "--batch-size", "1"])
     assert len(medians) == 6 and all(seconds > 0 for seconds in medians.values())
     floors = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
     assert floors[1:3] == [1, 1] and floors[0] == pytest.approx(1 / 3, abs=0.05)
