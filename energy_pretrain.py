@@ -21,14 +21,15 @@ shuffling, shrinking and greying are other ways to leave the data; the same walk
 Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss.
 The plumbing: 5 processes, 6 data, 7 optimiser, 8 files and checkpoints, 9 evaluation, 10 training,
 11 use of the weights, 12 benchmark, 13 command line. Letters: B images, C channels, H W pixels, P
-patch side, N patches, D width, h heads, K restoration steps (`num_steps`; `step` alone is the
-optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low energy is data; mask 1 is hidden;
-pixels lie in [-1, 1].
+patch side, N patches, T tokens, D width, h heads, M of anything else, K restoration steps
+(`num_steps`; `step` alone is the optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low
+energy is data; mask 1 is hidden; pixels lie in [-1, 1].
 
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
 ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
 autoencoders, Neural Computation 2011. Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021.
 He et al.: Masked autoencoders are scalable vision learners, CVPR 2022.
+Malladi et al.: On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS 2022.
 Jordan et al.: Muon, an optimizer for hidden layers, 2024 (kellerjordan.github.io/posts/muon).
 The paper's hyper-parameters are not known to us; every default below is our choice.
 """
@@ -62,8 +63,8 @@ class UserError(Exception):
     """What the person at the command line can put right: one line, exit status 2, no traceback."""
 
 # ---- 1. Images and patches ---------------------------------------------------------------------
-# Pixels lie in [-1, 1] (mean 0.5 and standard deviation 0.5, as timm's ViTs expect), so that zero
-# is mid-grey, and the luma of an image is in the same units as the image.
+# Pixels lie in [-1, 1] (mean 0.5 and standard deviation 0.5, as many of timm's ViTs expect), so
+# that zero is mid-grey, and the luma of an image is in the same units as the image.
 
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
@@ -73,8 +74,8 @@ def patchify(x, patch):
 
 def unpatchify(patches, patch, height):
     """Undo `patchify`: put patches (B, N, C*P*P) back into images (B, C, H, W) of this height."""
-    B, N, D = patches.shape
-    rows, C = height // patch, D // patch**2
+    B, N, length = patches.shape
+    rows, C = height // patch, length // patch**2
     x = patches.view(B, rows, N // rows, C, patch, patch)       # (B, H/P, W/P, C, P, P)
     return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, height, N // rows * patch)  # (B, C, H, W)
 
@@ -157,8 +158,8 @@ def draw_strengths(batch_size, generator, full_share=0.75):
     With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
     nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
         E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
-    x_hat_s being the restoration of x_s = x + s (x_tilde - x); it is |x_tilde - x|^2 / (2 alpha) if
-    every x_hat_s is x: then energies are in order, and data at rest.
+    x_hat_s being where one step leads from x_s = x + s (x_tilde - x). If every x_hat_s is x, it is
+    |x_tilde - x|^2 / (2 alpha): then energies are in order, and data at rest.
     """
     s = torch.rand(batch_size, generator=generator, device=generator.device)
     return (s / max(1 - full_share, 1e-9)).clamp(max=1)
@@ -180,10 +181,12 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, D = x.shape                                                       # T = N + 1 tokens
         qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)    # (B, T, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, h, T, D/h)
+        x = self.attend(*qkv.permute(2, 0, 3, 1, 4))                            # (B, h, T, D/h)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+
+    def attend(self, q, k, v):
         weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)    # (B, h, T, T)
-        x = (weights @ v).transpose(1, 2).reshape(B, T, D)                      # (B, T, D)
-        return self.proj(x)
+        return weights @ v
 
 class Block(nn.Module):
     """Transformer block: the tokens exchange what they know, then each computes on its own."""
@@ -263,7 +266,8 @@ def backbone_state(model):
     return {name: value for name, value in state.items() if name != "head.weight"}
 
 class TorchvisionEnergy(nn.Module):
-    """Any torchvision classification network, its classifier replaced by one energy read-out."""
+    """A torchvision classification network, its last, linear layer replaced by an energy read-out.
+    ValueError if the last layer is another."""
 
     def __init__(self, name, image_size):
         super().__init__()
@@ -330,7 +334,7 @@ def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
 
 def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
     """Eq. (3): the mean over K steps of smooth_l1(x_k, x), a scalar to be trained through. It is
-    half the squared error where that error is below 1, half of the pixel range; beyond, linear.
+    half the squared difference where that is below 1, half of the pixel range; beyond, linear.
     weight: of the images, one number or one for each (B,)."""
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
@@ -489,8 +493,8 @@ class Crops(torch.utils.data.Dataset):
 
     source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
     says, instead of taking the middle. A file that cannot be decoded is replaced by the next.
-    Shrunken images are kept, some 256 MiB a worker, so that a small folder of large photographs is
-    decoded only once.
+    Images are kept, shrunken to three times the size of the crops, some 256 MiB in each worker, so
+    that a small folder of large photographs is not decoded in every epoch.
     """
 
     def __init__(self, source, size, augment):
@@ -515,8 +519,8 @@ class Crops(torch.utils.data.Dataset):
         while image is None and len(unreadable) < 100:
             try:
                 image, label = self.load(index)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-                unreadable.append(self.source[index][0])    # what Pillow raises on damaged files
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):    # Pillow's
+                unreadable.append(self.source[index][0])
                 index = (index + 1) % len(self.source)
         image = image or Image.new("RGB", (1, 1))           # `image_batches` ends the run
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
@@ -549,9 +553,9 @@ def open_data(args):
         if not os.path.isdir(args.data):
             raise UserError(f"--data {args.data}: no such folder, nor {', '.join(NAMED_DATA)}")
         endings = torchvision.datasets.folder.IMG_EXTENSIONS + (".gif",)
-        files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(args.data)
-                       for name in names if name.lower().endswith(endings))
-        files = [f for f in files if os.path.isfile(f)]     # a pipe would be waited for
+        paths = (os.path.join(folder, name) for folder, _, names in os.walk(args.data)
+                 for name in names if name.lower().endswith(endings))
+        files = sorted(filter(os.path.isfile, paths))       # a pipe would be waited for
         if len(files) < 2:
             raise UserError(f"--data {args.data}: {len(files)} image files there or below, needs 2")
         kinds = [os.path.relpath(os.path.dirname(f), args.data).split(os.sep)[0] for f in files]
@@ -678,9 +682,8 @@ def load_checkpoint(path, module=None, optimizers=()):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         if module is not None:
             module.load_state_dict(checkpoint["module"])
-        if optimizers:
-            for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=bool(optimizers)):
+            optimizer.load_state_dict(state)
         return dict(checkpoint["config"]), int(checkpoint["step"])
     except Exception as error:      # a damaged file can make the unpickler raise anything
         raise UserError(f"{path}: no checkpoint of this script and model, or a damaged one "
@@ -702,8 +705,8 @@ def resume(args, module, optimizers):
         print0(f"resuming  after step {step}")
     if process_place()[0] == 0:
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]     # the last may be torn
-        kept = "".join(line for line in whole if json.loads(line)["step"] <= step)
+        kept = "".join(line for line in lines               # the last may be torn
+                       if line.endswith("\n") and json.loads(line)["step"] <= step)
         write_file(args, "log.jsonl", lambda file: file.write(kept.encode()))
     return step
 
@@ -755,7 +758,8 @@ def examine_energy(pretrainer, images, task, options):
     order_quarter: share of images lower than themselves at a quarter of the corruption.
     psnr_clean, psnr_quarter: dB of a clean image after one step, and of a quarter-corrupted one
     before and after. rank_correlation: Spearman's, of E(x_s) - E(x) and |x_s - x|^2, over images
-    with strengths s from 0 to 1. slope: their median ratio times 2 alpha, see `draw_strengths`.
+    with strengths s from 0 to 1. slope: their median ratio times 2 alpha, 1 if ideal, see
+    `draw_strengths`.
     """
     model, alpha = pretrainer.model, pretrainer.log_alpha.exp()
     x, generator = images, make_generator(images.device, -2, TASKS.index(task))
@@ -900,7 +904,7 @@ def corrupt_batch(args, pretrainer, x, step):
     """Corrupt images; return x_tilde and the images' weights in the loss (B,).
 
     Several tasks are dealt out in turn, so that every step serves all of them. Besides its task's
-    weight an image has 1/s, but at most 5, as its error falls with the square of its strength s.
+    weight an image has 1/s, at most 5: errors fall with s^2, and small ones must count as well.
     One image of args.walk_every, in each task, then goes the walk of Eq. (2) and is trained from
     its end: there a second walk begins, and no corruption errs the way a restored image does.
     """
@@ -946,7 +950,9 @@ def train(args, module, optimizers, crops, device, first_step):
     """Take the steps after first_step up to max_steps, logging and saving on the way. module is a
     Pretrainer, or with args.finetune a Classifier."""
     rank, world_size, _ = process_place()
-    wrapped = module if world_size == 1 else DistributedDataParallel(module)
+    # Gradients are averaged in buckets while the backward pass goes on; the usual 25 MiB would hold
+    # nearly all of a small network until its end. (Compiled, they come all at once at the end.)
+    wrapped = module if world_size == 1 else DistributedDataParallel(module, bucket_cap_mb=5)
     batches = image_batches(args, crops, device, args.batch_size, range(first_step, args.max_steps),
                             args.seed, rank, world_size, args.workers)
     recent, since, images_since = [], time.perf_counter(), 0
@@ -1018,10 +1024,8 @@ def knn_accuracy(model, x, labels, x_test, labels_test, k=10, chunk=64):
 
 def whole_images(args, crops, device, seed):
     """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,)."""
-    count = LABELLED
-    if crops is not None:
-        count = min(count, len(crops.source))
-        crops = Crops(crops.source, args.image_size, augment=False)
+    count = LABELLED if crops is None else min(LABELLED, len(crops.source))
+    crops = crops and Crops(crops.source, args.image_size, augment=False)
     return next(image_batches(args, crops, device, count, [0], seed))
 
 # ---- 12. Benchmark -----------------------------------------------------------------------------
@@ -1031,11 +1035,7 @@ def whole_images(args, crops, device, seed):
 class FusedAttention(Attention):
     """The attention that supervised training would use: faster, without a second derivative."""
 
-    def forward(self, x):
-        B, T, D = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
-        x = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+    attend = staticmethod(F.scaled_dot_product_attention)
 
 def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
     """Eq. (3) for one step, as one would write it without a thought of torch.compile."""
@@ -1044,22 +1044,21 @@ def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
     return F.smooth_l1_loss(x_tilde - alpha * slope, x)
 
 def benchmark(args, repetitions=10):
-    """Print what training steps cost, timed side by side, all under AdamW; return {row: median
-    seconds}."""
+    """Print what training steps cost, timed side by side, all under AdamW, with one restoration
+    step; return {row: median seconds}. The floor is their ratio to `supervised` in operations."""
     device = set_up_device(args)
     cuda, size = device.type == "cuda", (args.batch_size, 3, args.image_size, args.image_size)
     x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
     pretrainer = build_pretrainer(args, x)
-    energy = pretrainer.model
+    energy, pretrainer.num_steps = pretrainer.model, 1
     nn.init.normal_(energy.head.weight)
     classifier = Classifier(copy.deepcopy(energy), 1000).to(device)
     classifier.norm.eval()                      # takes one image, too
     for module in classifier.modules():
         if type(module) is Attention:
             module.__class__ = FusedAttention
-    def step(module, target, compiled=False):
+    def step(module, target):
         optimizers = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
-        module = torch.compile(module, fullgraph=True) if compiled else module
         return lambda: train_step(module, optimizers, (x, target), 0.0)
     def energy_step(loss_fn):
         same = copy.copy(pretrainer)            # the same parameters
@@ -1067,7 +1066,7 @@ def benchmark(args, repetitions=10):
         return step(same, x.clone())
     rows = {"forward": autocast(device)(torch.no_grad()(lambda: energy(x))),
             "supervised, eager": step(classifier, labels),
-            "supervised, compiled": step(classifier, labels, compiled=True),
+            "supervised, compiled": step(torch.compile(classifier, fullgraph=True), labels),
             "energy, autograd.grad": energy_step(eager_loss),
             "energy, --no-compile": energy_step(energy_loss),
             "energy, --compile": energy_step(torch.compile(energy_loss, fullgraph=True))}
@@ -1106,7 +1105,7 @@ def benchmark(args, repetitions=10):
 
 # ---- 13. Command line --------------------------------------------------------------------------
 
-FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning
+FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; --device is last
     ("--task", str, "all", f"one of {', '.join(TASKS)}, a comma list, or all"),
     ("--data", str, "procedural", "procedural (landscapes drawn on the spot), a folder of images, "
      f"or {', '.join(NAMED_DATA)} (downloaded to ./data)"),
@@ -1176,6 +1175,9 @@ def check_args(args):
                        ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
         require(not used or args.image_size % (getattr(args, name) or 1) == 0, name,
                 f"must divide the image size, {args.image_size}")
+    blocks = args.mask_grid**2
+    require("mim" not in tasks or 0 < round(args.mask_ratio * blocks) < blocks, "mask_ratio",
+            f"must hide some of the {blocks} blocks and leave some")
 
 def parse_args(argv):
     """The whole configuration: what was typed, over that of a checkpoint (all of it if --evaluate,
@@ -1277,8 +1279,8 @@ def run(args):
         else:
             images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-2))
             metrics = report(args, module, images)
-        text = json.dumps(metrics, indent=1)
-        write_file(args, "metrics.json", lambda file: file.write(text.encode()))
+        text = json.dumps(metrics, indent=1).encode()
+        write_file(args, "metrics.json", lambda file: file.write(text))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

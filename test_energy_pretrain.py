@@ -718,6 +718,7 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--benchmark", "--model", "squeezenet1_0"], "does not end in a linear layer"),
     (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
     (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
+    (["--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide some of the 16 blocks and leave some"),
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
@@ -992,7 +993,7 @@ def test_fused_attention_computes_the_same():
 
 
 def test_benchmark_supervises_with_fused_attention(monkeypatch):
-    monkeypatch.setattr(ep.FusedAttention, "forward", lambda self, x: 1 / 0)
+    monkeypatch.setattr(ep.FusedAttention, "attend", lambda self, q, k, v: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ep.main([*TINY, "--benchmark"])
 
@@ -1000,7 +1001,7 @@ def test_benchmark_supervises_with_fused_attention(monkeypatch):
 def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **k, backend="aot_eager"))
-    medians = ep.main([*TINY, "--benchmark", "--batch-size", "1"])
+    medians = ep.main([*TINY, "--benchmark", "--batch-size", "1", "--num-steps", "2"])
     assert len(medians) == 6 and all(seconds > 0 for seconds in medians.values())
     floors = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
     assert floors[1:3] == [1, 1] and floors[0] == pytest.approx(1 / 3, abs=0.05)
