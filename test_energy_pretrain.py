@@ -1001,7 +1001,10 @@ def test_benchmark_supervises_with_fused_attention(monkeypatch):
 def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **k, backend="aot_eager"))
+    build, built = ep.build_pretrainer, []
+    monkeypatch.setattr(ep, "build_pretrainer", lambda *a: built.append(build(*a)) or built[0])
     medians = ep.main([*TINY, "--benchmark", "--batch-size", "1", "--num-steps", "2"])
+    assert built[0].num_steps == 1              # as in the row that is written for one step only
     assert len(medians) == 6 and all(seconds > 0 for seconds in medians.values())
     floors = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
     assert floors[1:3] == [1, 1] and floors[0] == pytest.approx(1 / 3, abs=0.05)
