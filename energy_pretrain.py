@@ -992,8 +992,8 @@ LABELLED = 4096         # at most so many images vote, and as many held-out ones
 class Classifier(nn.Module):
     """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
     stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
-    of masked autoencoders (He et al., 2022): representations of all images are much alike, and what
-    tells them apart would be learned slowly."""
+    of masked autoencoders (He et al., 2022). Fine-tuned on 200 digits it gave 87% instead of 77%;
+    mean and size taken once, before training, gave 75%."""
 
     def __init__(self, model, num_classes, freeze=False):
         super().__init__()

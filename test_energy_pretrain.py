@@ -719,6 +719,7 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
     (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
     (["--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide some of the 16 blocks and leave some"),
+    (["--mask-ratio", "0.99"], "--mask-ratio 0.99: must hide some of the 16 blocks and leave some"),
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
