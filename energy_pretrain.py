@@ -667,7 +667,7 @@ def save_checkpoint(args, module, optimizers, step):
         "module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
         "step": step, "config": vars(args),
         "versions": [str(torch.__version__), str(torchvision.__version__)]}
-    backbone = backbone_state(module.model)
+    backbone = {name: p.cpu() for name, p in backbone_state(module.model).items()}
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
@@ -849,6 +849,8 @@ def try_compile(pretrainer, batch_size, image_size, device):
         with autocast(device):
             weight = torch.ones(batch_size, device=device)
             pretrainer(x, x.clone(), weight).backward()     # x twice would be another graph
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:      # the compiler's errors have no common class
         pretrainer.loss_fn = energy_loss
         print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)
@@ -1023,8 +1025,9 @@ def knn_accuracy(model, x, labels, x_test, labels_test, k=10, chunk=64):
     return (labels[nearest].mode(1).values == labels_test).double().mean().item()
 
 def whole_images(args, crops, device, seed):
-    """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,)."""
-    count = LABELLED if crops is None else min(LABELLED, len(crops.source))
+    """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,); of landscapes
+    a quarter, since drawing them takes several times their own memory."""
+    count = LABELLED // 4 if crops is None else min(LABELLED, len(crops.source))
     crops = crops and Crops(crops.source, args.image_size, augment=False)
     return next(image_batches(args, crops, device, count, [0], seed))
 
@@ -1054,9 +1057,6 @@ def benchmark(args, repetitions=10):
     nn.init.normal_(energy.head.weight)
     classifier = Classifier(copy.deepcopy(energy), 1000).to(device)
     classifier.norm.eval()                      # takes one image, too
-    for module in classifier.modules():
-        if type(module) is Attention:
-            module.__class__ = FusedAttention
     def step(module, target):
         optimizers = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
         return lambda: train_step(module, optimizers, (x, target), 0.0)
@@ -1075,6 +1075,9 @@ def benchmark(args, repetitions=10):
         with FlopCounterMode(display=False) as counter:
             rows[name]()
         flops[name.split(",")[0]] = counter.get_total_flops()
+    for module in classifier.modules():
+        if type(module) is Attention:           # counted before: not all fused kernels are known
+            module.__class__ = FusedAttention
     if cuda:            # the peak to hold the other rows' TFLOP/s against
         a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
         rows["8192^3 product, bfloat16"] = lambda: a @ a
@@ -1116,7 +1119,8 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
     ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
     ("--max-steps", int, (1200, None), "optimiser steps, if --epochs does not end before"),
-    ("--batch-size", int, (16, 1024), "images per optimiser step, over all processes"),
+    ("--batch-size", int, (16, 128 * process_place()[1]), "images per optimiser step, over all "
+     "processes; with CUDA 128 for each"),
     ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
     ("--weight-decay", float, 0.05, "of matrices only"),
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),

@@ -574,6 +574,15 @@ def test_a_failed_compilation_is_said_in_one_line_and_done_without(tmp_path, cap
     assert capsys.readouterr().err == "warning: not compiled, going on without (ZeroDivisionError)\n"
 
 
+def test_running_out_of_memory_is_no_failed_compilation(tmp_path, capsys, monkeypatch):
+    def compile(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compile)
+    with pytest.raises(SystemExit):
+        ep.main([*TINY, "--task", "sr", "--compile", "--out", str(tmp_path)])
+    assert capsys.readouterr().err.startswith("energy_pretrain.py: error: out of memory")
+
+
 def files_equal(one, other):
     """Whether two saved dicts hold the same tensors, bit for bit."""
     a, b = (torch.load(path, weights_only=True) for path in (one, other))
@@ -878,6 +887,7 @@ def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, capsy
     monkeypatch.setattr(ep, "LABELLED", 40)
     ep.main([*TINY, "--task", "mim", "--image-size", "20", "--mask-grid", "5",      # 8, the default,
              "--out", str(tmp_path / "pretrained")])                                # does not divide 20
+    assert len(ep.whole_images(ep.parse_args(TINY), None, torch.device("cpu"), 0)[0]) == 10
     before = torch.load(tmp_path / "pretrained" / "backbone.pt")
     for name, flags, kept in (("probe", ["--freeze"], True), ("tuned", ["--labels", "8"], False)):
         metrics = ep.main(["--finetune", str(tmp_path / "pretrained" / "checkpoint.pt"), *flags, "--device", "cpu",
@@ -993,10 +1003,14 @@ def test_fused_attention_computes_the_same():
     torch.testing.assert_close(attention(x), expected)
 
 
-def test_benchmark_supervises_with_fused_attention(monkeypatch):
+def test_benchmark_supervises_with_fused_attention_but_counts_without(monkeypatch):
+    count, counted = ep.FlopCounterMode.get_total_flops, []     # it knows not all fused kernels
+    monkeypatch.setattr(ep.FlopCounterMode, "get_total_flops",
+                        lambda self: counted.append(count(self)) or counted[-1])
     monkeypatch.setattr(ep.FusedAttention, "attend", lambda self, q, k, v: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ep.main([*TINY, "--benchmark"])
+    assert len(counted) == 3 and all(counted)
 
 
 def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
@@ -1010,6 +1024,12 @@ def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     floors = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
     assert floors[1:3] == [1, 1] and floors[0] == pytest.approx(1 / 3, abs=0.05)
     assert all(2 < floor < 2.5 for floor in floors[3:])
+
+
+def test_with_cuda_the_batch_grows_with_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    flags = {flag: default for flag, _, default, _ in runpy.run_path(SCRIPT)["FLAGS"]}
+    assert flags["--batch-size"] == (16, 512)
 
 
 def test_importing_the_module_does_nothing(capsys):
