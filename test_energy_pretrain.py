@@ -117,13 +117,15 @@ def test_hide_blocks_hides_exactly_the_share_in_whole_blocks(seed, grid, ratio):
     blocks = ep.patchify(hidden, 16 // grid)
     assert (blocks.all(2) | ~blocks.any(2)).all(), "a block is hidden in part"
     assert (blocks.any(2).sum(1) == round(ratio * grid**2)).all()
-    assert torch.equal(corrupted(x, "mim", seed, mask_ratio=ratio, mask_grid=grid)[~hidden], x[~hidden])
+    masked = corrupted(x, "mim", seed, mask_ratio=ratio, mask_grid=grid)
+    assert torch.equal(masked[~hidden], x[~hidden])
 
 
 @given(seeds, st.sampled_from([2, 4, 8]))
 def test_shuffle_patches_is_a_permutation_of_whole_pieces(seed, grid):
     x = images(seed)
-    before, after = (ep.patchify(y, 16 // grid) for y in (x, corrupted(x, "sort", seed, sort_grid=grid)))
+    before, after = (ep.patchify(y, 16 // grid)
+                     for y in (x, corrupted(x, "sort", seed, sort_grid=grid)))
     for a, b in zip(before, after):
         assert sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist()))
 
@@ -161,7 +163,8 @@ def test_remove_color_is_an_idempotent_grey(seed):
     grey = corrupted(images(seed), "color", 0)
     assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 0], grey[:, 2])
     torch.testing.assert_close(corrupted(grey, "color", 0), grey)
-    torch.testing.assert_close(corrupted(torch.ones(1, 3, 4, 4), "color", 0), torch.ones(1, 3, 4, 4))
+    torch.testing.assert_close(corrupted(torch.ones(1, 3, 4, 4), "color", 0),
+                               torch.ones(1, 3, 4, 4))
 
 
 @pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
@@ -188,14 +191,16 @@ def test_vit_features_equal_torchvisions_vit_with_the_same_weights():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     other = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 64).double().eval()
-    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding", "norm.": "encoder.ln.",
+    names = {"cls_token": "class_token",
+             "pos_embed": "encoder.pos_embedding", "norm.": "encoder.ln.",
              "patch_embed.proj": "conv_proj", "blocks.": "encoder.layers.encoder_layer_",
              "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "self_attention.in_proj_",
              "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
     state = {}
     for name, value in ep.backbone_state(model).items():
         for ours, theirs in names.items():
-            name = name.replace(ours, theirs, 1) if ours != "norm." or name.startswith(ours) else name
+            name = (name.replace(ours, theirs, 1)
+                    if ours != "norm." or name.startswith(ours) else name)
         state[name] = value
     missing, unexpected = other.load_state_dict(state, strict=False)
     assert all("heads" in name for name in missing) and not unexpected
@@ -205,7 +210,8 @@ def test_vit_features_equal_torchvisions_vit_with_the_same_weights():
 
 
 def test_vit_names_and_shapes_are_timms():
-    state = {name: tuple(value.shape) for name, value in ep.build_model("small", 224).state_dict().items()}
+    state = {name: tuple(value.shape)
+             for name, value in ep.build_model("small", 224).state_dict().items()}
     block = {"norm1.weight": (384,), "norm1.bias": (384,), "attn.qkv.weight": (1152, 384),
              "attn.qkv.bias": (1152,), "attn.proj.weight": (384, 384), "attn.proj.bias": (384,),
              "norm2.weight": (384,), "norm2.bias": (384,), "mlp.fc1.weight": (1536, 384),
@@ -270,7 +276,8 @@ def test_gradient_through_the_restoration_equals_finite_differences(seed, num_st
 
     def loss():
         alpha = pretrainer.log_alpha.exp().item()
-        return sum(ep.energy_loss(pretrainer.model, x, start, alpha).item() for start in starts) / num_steps
+        return sum(ep.energy_loss(pretrainer.model, x, start, alpha).item()
+                   for start in starts) / num_steps
     for name, p in pretrainer.named_parameters():
         if p.grad is None:
             continue
@@ -286,7 +293,8 @@ def test_gradient_through_the_restoration_equals_finite_differences(seed, num_st
 
 
 def test_the_loss_is_a_mean_of_the_images_losses_by_their_weights():
-    model, x, x_tilde = tiny_vit().double(), images(0, dtype=torch.float64), images(1, dtype=torch.float64)
+    model, x, x_tilde = (tiny_vit().double(), images(0, dtype=torch.float64),
+                         images(1, dtype=torch.float64))
     losses = [ep.energy_loss(model, x[i:i + 1], x_tilde[i:i + 1], 2.0, 2) for i in range(3)]
     torch.testing.assert_close(ep.energy_loss(model, x, x_tilde, 2.0, 2), sum(losses) / 3)
     weight = torch.tensor([0.0, 2.0, 1.0], dtype=torch.float64)
@@ -353,7 +361,8 @@ def test_restore_works_without_gradients_and_leaves_none():
     model = tiny_vit()
     with torch.no_grad():
         quiet = ep.restore(model, images(0), 3.0, 2)
-    assert torch.equal(quiet, ep.restore(model, images(0), 3.0, 2)) and not torch.equal(quiet[1], images(0))
+    assert (torch.equal(quiet, ep.restore(model, images(0), 3.0, 2))
+            and not torch.equal(quiet[1], images(0)))
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -365,7 +374,8 @@ def test_compiled_loss_and_gradients_equal_eager():
     pretrainer = ep.Pretrainer(tiny_vit(), 2.0, num_steps=2)
     results = []
     # "aot_eager" traces forward and both backward passes as the default does, but needs no C++
-    for loss_fn in (ep.energy_loss, torch.compile(ep.energy_loss, fullgraph=True, backend="aot_eager")):
+    for loss_fn in (ep.energy_loss,
+                    torch.compile(ep.energy_loss, fullgraph=True, backend="aot_eager")):
         pretrainer.loss_fn = loss_fn
         pretrainer.zero_grad()
         loss = pretrainer(images(0), images(1))
@@ -418,8 +428,8 @@ def test_read_image_decodes_what_people_have(tmp_path):
         if path.suffix != ".txt" and "broken" not in path.name:
             image = ep.read_image(path, 16)
             assert image.mode == "RGB" and min(image.size) <= 16, path
-            expected = (87, 87, 87) if path.stem == "grey" else (128,) * 3 if path.stem == "deep16" \
-                else (200, 40, 40)
+            expected = ((87, 87, 87) if path.stem == "grey"
+                        else (128,) * 3 if path.stem == "deep16" else (200, 40, 40))
             got = image.getpixel((0, 0))
             assert all(abs(a - b) < 12 for a, b in zip(got, expected)), (path.name, got)
 
@@ -437,7 +447,8 @@ def test_folder_names_each_unreadable_file_once(tmp_path, capfd):
     people_s_images(tmp_path)
     args = ep.parse_args([*TINY, "--data", str(tmp_path)])
     train, held_out, classes = ep.open_data(args)
-    assert len(train.source) == 9 and len(held_out.source) == 2 and not {*train.source} & {*held_out.source}
+    assert (len(train.source) == 9 and len(held_out.source) == 2
+            and not {*train.source} & {*held_out.source})
     assert classes == 2       # deep, and what lies in the folder itself
     for x, _ in ep.image_batches(args, train, torch.device("cpu"), 9, range(3), seed=0):
         assert x.shape == (9, 3, 16, 16) and x.min() >= -1 and x.max() <= 1
@@ -449,7 +460,8 @@ def test_crops_follow_from_their_seed_and_leave_the_global_state():
     crops, middle = (ep.Crops([(noise, 3)], 16, augment) for augment in (True, False))
     state = torch.get_rng_state()
     assert crops[0, 5][1] == 3
-    assert torch.equal(crops[0, 5][0], crops[0, 5][0]) and not torch.equal(crops[0, 5][0], crops[0, 6][0])
+    assert (torch.equal(crops[0, 5][0], crops[0, 5][0])
+            and not torch.equal(crops[0, 5][0], crops[0, 6][0]))
     expected = torchvision.transforms.v2.functional.pil_to_tensor(
         noise.convert("RGB").resize((16, 24), Image.Resampling.BILINEAR).crop((0, 4, 16, 20)))
     assert torch.equal(middle[0, 5][0], expected) and torch.equal(middle[0, 6][0], expected)
@@ -478,7 +490,8 @@ def test_muon_moves_the_inner_matrices_and_only_matrices_decay():
     ep.freeze_unused(pretrainer, images(0))
     adamw, muon = ep.build_optimizers(pretrainer, 0.1)
     place = {id(p): (type(optimizer).__name__, group["weight_decay"])
-             for optimizer in (adamw, muon) for group in optimizer.param_groups for p in group["params"]}
+             for optimizer in (adamw, muon)
+             for group in optimizer.param_groups for p in group["params"]}
     assert len(place) == len(list(pretrainer.parameters()))
     for name, p in pretrainer.named_parameters():
         matrix = name.endswith("weight") and "norm" not in name
@@ -489,7 +502,8 @@ def test_muon_moves_the_inner_matrices_and_only_matrices_decay():
 
 @given(st.integers(0, 20), st.integers(1, 200), st.sampled_from([64, 256, 1024]))
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
-    args = argparse.Namespace(lr=0.1, batch_size=batch, warmup_steps=warmup, max_steps=warmup + rest)
+    args = argparse.Namespace(lr=0.1, batch_size=batch, warmup_steps=warmup,
+                              max_steps=warmup + rest)
     rates = [ep.learning_rate(args, step) for step in range(warmup + rest + 1)]
     peak = 0.1 * (batch / 256) ** 0.5
     assert rates[warmup] == pytest.approx(max(rates)) == pytest.approx(peak)
@@ -525,7 +539,7 @@ def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processe
                 grey, holes = torch.equal(image[0], image[1]), (image == 0).any().item()
                 turn = (8 * step + rank * part + i) % 3
                 assert (grey, holes) == [(True, False), (False, False), (False, True)][turn]
-                assert weight[i] == pytest.approx((1.5, 0.75, 0.75)[turn])      # 4, 2, 2 by their mean
+                assert weight[i] == pytest.approx((1.5, 0.75, 0.75)[turn])  # 4, 2, 2 by their mean
 
 
 def test_images_corrupted_in_part_weigh_more_by_what_their_strength_lacks(monkeypatch):
@@ -571,7 +585,8 @@ def test_a_failed_compilation_is_said_in_one_line_and_done_without(tmp_path, cap
         return lambda *inputs: 1 / 0
     monkeypatch.setattr(torch, "compile", compile)
     assert "sr" in ep.main([*TINY, "--task", "sr", "--compile", "--out", str(tmp_path)])
-    assert capsys.readouterr().err == "warning: not compiled, going on without (ZeroDivisionError)\n"
+    assert capsys.readouterr().err == (
+        "warning: not compiled, going on without (ZeroDivisionError)\n")
 
 
 def test_running_out_of_memory_is_no_failed_compilation(tmp_path, capsys, monkeypatch):
@@ -587,9 +602,10 @@ def files_equal(one, other):
     """Whether two saved dicts hold the same tensors, bit for bit."""
     a, b = (torch.load(path, weights_only=True) for path in (one, other))
     flat = [[value for key in ("module",) for value in d.get(key, d).values()] for d in (a, b)]
-    moments = [[v for o in d.get("optimizers", []) for state in o["state"].values() for v in state.values()]
-               for d in (a, b)]
-    return all(torch.equal(x, y) for x, y in zip(flat[0] + moments[0], flat[1] + moments[1], strict=True))
+    moments = [[v for o in d.get("optimizers", []) for state in o["state"].values()
+                for v in state.values()] for d in (a, b)]
+    return all(torch.equal(x, y)
+               for x, y in zip(flat[0] + moments[0], flat[1] + moments[1], strict=True))
 
 
 def test_command_line_end_to_end(tmp_path, capsys):
@@ -597,17 +613,20 @@ def test_command_line_end_to_end(tmp_path, capsys):
     metrics = ep.main([*TINY, "--task", "all", "--num-steps", "2", "--out", str(out)])
     assert sorted(path.name for path in out.iterdir()) == [
         "backbone.pt", "checkpoint.pt", "log.jsonl", "metrics.json", "restorations.png"]
-    assert list(metrics) == list(ep.TASKS) and metrics == json.loads((out / "metrics.json").read_text())
+    assert (list(metrics) == list(ep.TASKS)
+            and metrics == json.loads((out / "metrics.json").read_text()))
     assert len(metrics["sr"]["psnr_restored"]) == 2 and 0 <= metrics["sr"]["order"] <= 1
     record = json.loads((out / "log.jsonl").read_text())
-    assert record["step"] == 4 and {"loss", "alpha", "lr", "gradient_norm", "images_per_second"} <= record.keys()
+    assert (record["step"] == 4
+            and {"loss", "alpha", "lr", "gradient_norm", "images_per_second"} <= record.keys())
     picture = Image.open(out / "restorations.png")
-    assert picture.size == (8 * 100 + 4 + 120, 5 * 4 * 100 + 4)     # 8 columns; 4 rows for each task
+    assert picture.size == (8 * 100 + 4 + 120, 5 * 4 * 100 + 4)  # 8 columns; 4 rows for each task
     model = ep.build_model("nano", 16)
     missing, unexpected = model.load_state_dict(torch.load(out / "backbone.pt"), strict=False)
     assert missing == ["head.weight"] and not unexpected
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("device", "parameters", "drawn as needed", "PSNR in dB"))
+    assert all(word in printed
+               for word in ("device", "parameters", "drawn as needed", "PSNR in dB"))
     assert ep.main(["--evaluate", "--device", "cpu", "--out", str(out)]) == metrics
 
 
@@ -628,7 +647,8 @@ def test_evaluate_measures_what_it_says():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_examine_energy_measures_what_it_says(sign):
-    """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer at alpha = 1; or minus it."""
+    """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer at alpha = 1;
+    or minus it."""
     bowl = ep.Pretrainer(tiny_vit(), 1.0)
     bowl.model = torch.nn.Module()
     bowl.model.forward = lambda x: sign * x.square().flatten(1).sum(1) / 2
@@ -656,7 +676,7 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkey
     ep.main([*base, "--out", str(tmp_path / "whole")])
     save, saved = ep.save_checkpoint, []
     monkeypatch.setattr(ep, "save_checkpoint", lambda *a: (save(*a), saved.append(1), 1 / 0))
-    with pytest.raises(ZeroDivisionError):              # "the power went" right after the first save
+    with pytest.raises(ZeroDivisionError):          # "the power went" right after the first save
         ep.main([*base, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(ep, "save_checkpoint", save)
     log = tmp_path / "parts" / "log.jsonl"
@@ -677,7 +697,8 @@ def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch)
     monkeypatch.setattr(ep.dist, "rendezvous", lambda url: iter([(shared, 0, 2)]))
     monkeypatch.setattr(ep.dist, "init_process_group", lambda *a, store, **k: stores.append(store))
     for attempt, local in (("0", "2"), ("1", "2"), ("1", "1")):     # the last on two machines
-        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", local), ("TORCHELASTIC_RESTART_COUNT", attempt)):
+        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", local),
+                            ("TORCHELASTIC_RESTART_COUNT", attempt)):
             monkeypatch.setenv(name, value)
         ep.set_up_device(argparse.Namespace(device="cpu"))
     stores[0].set("address", "old")
@@ -693,18 +714,23 @@ def test_two_processes_one_of_them_killed_equal_one(tmp_path):
         torchvision.utils.save_image(x, tmp_path / "images" / f"{i}.png", normalize=True)
     base = [*TINY, "--task", "sr", "--full-share", "1", "--data", str(tmp_path / "images"), "--out"]
     (tmp_path / "killed.py").write_text(
-        "import os, sys, energy_pretrain as ep; step, saved = ep.train_step, sys.argv[-1] + '/checkpoint.pt'\n"
+        "import os, sys, energy_pretrain as ep; "
+        "step, saved = ep.train_step, sys.argv[-1] + '/checkpoint.pt'\n"
         "def train_step(*inputs):\n"
-        "    if os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10' and os.path.exists(saved):\n"
+        "    if os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT'] == '10' "
+        "and os.path.exists(saved):\n"
         "        os.kill(os.getpid(), 9)\n"
         "    return step(*inputs)\n"
         "ep.train_step = train_step; ep.main(sys.argv[1:])")
-    done = subprocess.run([*TORCHRUN, "--max-restarts=1", str(tmp_path / "killed.py"), "--save-every", "1", *base,
-                           str(tmp_path / "two")], env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([*TORCHRUN, "--max-restarts=1", str(tmp_path / "killed.py"),
+                           "--save-every", "1", *base, str(tmp_path / "two")],
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "resuming  after step" in done.stdout, done.stderr
-    assert done.stdout.count("2 process(es)") == 2 and (tmp_path / "two" / "restorations.png").exists()
+    assert (done.stdout.count("2 process(es)") == 2
+            and (tmp_path / "two" / "restorations.png").exists())
     ep.main([*base, str(tmp_path / "one")])
-    one, two = (torch.cat([p.flatten() for p in torch.load(tmp_path / name / "backbone.pt").values()])
+    one, two = (torch.cat([p.flatten()
+                           for p in torch.load(tmp_path / name / "backbone.pt").values()])
                 for name in ("one", "two"))
     torch.manual_seed(0)
     start = torch.cat([p.flatten() for p in ep.backbone_state(ep.build_model("nano", 16)).values()])
@@ -713,9 +739,10 @@ def test_two_processes_one_of_them_killed_equal_one(tmp_path):
 
 
 def test_torchrun_says_mistakes_once(tmp_path):
-    bad = subprocess.run([*TORCHRUN, SCRIPT, *TINY, "--out", str(tmp_path), "--batch-size", "3"], env=ENVIRONMENT,
-                         capture_output=True, text=True, timeout=100)
-    assert bad.returncode != 0 and bad.stderr.count("energy_pretrain.py: error: --batch-size 3") == 1
+    bad = subprocess.run([*TORCHRUN, SCRIPT, *TINY, "--out", str(tmp_path), "--batch-size", "3"],
+                         env=ENVIRONMENT, capture_output=True, text=True, timeout=100)
+    assert (bad.returncode != 0
+            and bad.stderr.count("energy_pretrain.py: error: --batch-size 3") == 1)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -723,7 +750,8 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--model", "resnet19"], "--model resnet19: choose from nano"),
     (["--model", "mobilenet_v3_small"], "mobilenet_v3_small at 16 pixels: derivative for"),
     (["--model", "inception_v3"], "--model inception_v3 at 16 pixels: "),
-    (["--image-size", "18", "--task", "denoise"], "--model nano at 18 pixels: image size 18 is not divisible by patch size 4"),
+    (["--image-size", "18", "--task", "denoise"],
+     "--model nano at 18 pixels: image size 18 is not divisible by patch size 4"),
     (["--benchmark", "--model", "squeezenet1_0"], "does not end in a linear layer"),
     (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
     (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
@@ -787,7 +815,8 @@ def test_wrong_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
 
 @pytest.mark.parametrize("error, said", [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"), (RuntimeError("illegal memory access"), None)])
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (RuntimeError("illegal memory access"), None)])
 def test_only_a_lack_of_memory_is_called_one(capsys, monkeypatch, error, said):
     def run(args):
         raise error
@@ -813,7 +842,8 @@ def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
     assert "0 image files there or below" in capsys.readouterr().err
 
 
-def test_a_disk_that_takes_no_more_ends_in_one_line_and_loses_nothing(tmp_path, capsys, monkeypatch):
+def test_a_disk_that_takes_no_more_ends_in_one_line_and_loses_nothing(
+        tmp_path, capsys, monkeypatch):
     """The second save finds the disk full; and OUT may be no folder at all."""
     out, save, kept = tmp_path / "run", ep.save_checkpoint, {}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -824,7 +854,8 @@ def test_a_disk_that_takes_no_more_ends_in_one_line_and_loses_nothing(tmp_path, 
     monkeypatch.setattr(ep, "save_checkpoint", save_once)
     (tmp_path / "file").touch()
     try:
-        for path, name, why in ((out, "backbone.pt", "too large"), (tmp_path / "file", "log.jsonl", "exists")):
+        for path, name, why in ((out, "backbone.pt", "too large"),
+                                (tmp_path / "file", "log.jsonl", "exists")):
             with pytest.raises(SystemExit) as stop:
                 ep.main([*TINY, "--task", "sr", "--save-every", "2", "--out", str(path)])
             said = capsys.readouterr().err
@@ -841,7 +872,8 @@ def test_a_diverging_run_stops_with_step_and_value_and_keeps_the_checkpoint(tmp_
     real = ep.train_step
     def broken(module, optimizers, inputs, rate):
         values = real(module, optimizers, inputs, rate)
-        return values * float("nan") if optimizers[0].state[module.log_alpha]["step"] == 3 else values
+        return (values * float("nan")
+                if optimizers[0].state[module.log_alpha]["step"] == 3 else values)
     ep.train_step = broken
     try:
         with pytest.raises(SystemExit) as stop:
@@ -885,13 +917,14 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path, task, gai
 
 def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ep, "LABELLED", 40)
-    ep.main([*TINY, "--task", "mim", "--image-size", "20", "--mask-grid", "5",      # 8, the default,
-             "--out", str(tmp_path / "pretrained")])                                # does not divide 20
+    ep.main([*TINY, "--task", "mim", "--image-size", "20", "--mask-grid", "5",  # 8, the default,
+             "--out", str(tmp_path / "pretrained")])                            # does not divide 20
     assert len(ep.whole_images(ep.parse_args(TINY), None, torch.device("cpu"), 0)[0]) == 10
     before = torch.load(tmp_path / "pretrained" / "backbone.pt")
     for name, flags, kept in (("probe", ["--freeze"], True), ("tuned", ["--labels", "8"], False)):
-        metrics = ep.main(["--finetune", str(tmp_path / "pretrained" / "checkpoint.pt"), *flags, "--device", "cpu",
-                           "--max-steps", "3", "--batch-size", "4", "--out", str(tmp_path / name)])
+        metrics = ep.main([
+            "--finetune", str(tmp_path / "pretrained" / "checkpoint.pt"), *flags, "--device", "cpu",
+            "--max-steps", "3", "--batch-size", "4", "--out", str(tmp_path / name)])
         assert metrics.keys() == {"knn", "accuracy"} and all(0 <= v <= 1 for v in metrics.values())
         after = torch.load(tmp_path / name / "backbone.pt")
         assert all(torch.equal(before[key], after[key]) for key in before) == kept
@@ -925,19 +958,22 @@ def test_named_data_train_and_classify(tmp_path, monkeypatch):
 
 def test_classifiers_from_a_checkpoint_and_from_scratch_have_folders_of_their_own(tmp_path):
     ep.main([*TINY, "--out", str(tmp_path)])
-    outs = [ep.parse_args(["--finetune", start]).out for start in ("scratch", str(tmp_path / "checkpoint.pt"))]
+    outs = [ep.parse_args(["--finetune", start]).out
+            for start in ("scratch", str(tmp_path / "checkpoint.pt"))]
     assert outs == ["runs/scratch", "runs/finetune"]
 
 
 @given(seed=seeds, scale=st.floats(0.1, 10), shift=st.floats(-3, 3))
 def test_classifier_looks_at_what_tells_images_apart(seed, scale, shift):
-    """Not at what their representations share, nor at its size; an image's class needs no company."""
+    """Not at what their representations share, nor at its size; an image's class needs no
+    company."""
     torch.manual_seed(seed)
     model = torch.nn.Module()
     model.head, model.represent = torch.nn.Linear(3, 1), lambda x: x
     classifier = ep.Classifier(model, 4)
     x, labels = 5 * torch.randn(16, 3), torch.randint(4, (16,))
-    torch.testing.assert_close(classifier(shift + scale * x, labels), classifier(x, labels), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(classifier(shift + scale * x, labels), classifier(x, labels),
+                               rtol=1e-3, atol=1e-3)
     for _ in range(100):
         classifier(x, labels)
     score = classifier.linear((x - x.mean(0)) / x.std(0)).argmax(1)
@@ -949,7 +985,8 @@ def test_classifier_looks_at_what_tells_images_apart(seed, scale, shift):
 def test_knn_counts_the_votes_of_the_nearest():
     model = torch.nn.Module()
     model.represent = lambda x: x
-    east, north = torch.tensor([[1.0, 0.1], [2.0, 0.0], [3.0, 0.3]]), torch.tensor([[0.1, 1.0], [0.0, 5.0]])
+    east, north = (torch.tensor([[1.0, 0.1], [2.0, 0.0], [3.0, 0.3]]),
+                   torch.tensor([[0.1, 1.0], [0.0, 5.0]]))
     x, labels = torch.cat([east, north]), torch.tensor([0, 0, 0, 1, 1])
     test = torch.tensor([[9.0, 1.0], [0.2, 0.9], [0.1, 7.0], [1.0, 0.0]])
     assert ep.knn_accuracy(model, x, labels, test, torch.tensor([0, 1, 1, 1]), k=2, chunk=2) == 0.75
@@ -982,7 +1019,8 @@ def test_a_stopped_run_saves_says_so_and_goes_on_bit_for_bit(tmp_path, capsys, m
 def test_when_one_of_two_processes_is_told_to_stop_both_do(tmp_path):
     (tmp_path / "often.py").write_text(
         "import os, sys, energy_pretrain as ep; ep.LOG_EVERY = 1; "
-        "open(sys.argv[1] + os.environ['RANK'], 'w').write(str(os.getpid())); ep.main(sys.argv[2:])")
+        "open(sys.argv[1] + os.environ['RANK'], 'w').write(str(os.getpid())); "
+        "ep.main(sys.argv[2:])")
     command = [*TORCHRUN, str(tmp_path / "often.py"), str(tmp_path / "pid"), *TINY, "--task", "mim",
                "--max-steps", "30", "--out", str(tmp_path)]
     stopped = subprocess.Popen(command, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE,
