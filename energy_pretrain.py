@@ -905,15 +905,18 @@ def log_progress(record, args):
 def corrupt_batch(args, pretrainer, x, step):
     """Corrupt images; return x_tilde and the images' weights in the loss (B,).
 
-    Several tasks are dealt out in turn, so that every step serves all of them. Besides its task's
-    weight an image has 1/s, at most 5: errors fall with s^2, and small ones must count as well.
-    One image of args.walk_every, in each task, then goes the walk of Eq. (2) and is trained from
-    its end: there a second walk begins, and no corruption errs the way a restored image does.
+    Several tasks are dealt out in turn, so that every step serves all of them. At first all images
+    are corrupted in full: restoring comes first, and is learned sooner alone. After a share of the
+    run, args.energy_after, some are corrupted in part. Besides its task's weight an image then has
+    1/s, at most 5: errors fall with s^2, and small ones must count as well. One image of
+    args.walk_every, in each task, first goes the walk of Eq. (2) and is trained from its end: there
+    a second walk begins, and no corruption errs the way a restored image does.
     """
     tasks, rank = args.task.split(","), process_place()[0]
     first = step * args.batch_size + rank * len(x)
     generator = make_generator(x.device, args.seed, step, rank, 1)
-    strength = draw_strengths(len(x), generator, args.full_share)
+    energy = step > args.energy_after * args.max_steps
+    strength = draw_strengths(len(x), generator, args.full_share if energy else 1.0)
     x_tilde, weights = torch.empty_like(x), x.new_empty(len(x))
     mean_weight = statistics.mean(CORRUPTIONS[task][2] for task in tasks)
     for i in range(min(len(tasks), len(x))):
@@ -921,7 +924,7 @@ def corrupt_batch(args, pretrainer, x, step):
         x_tilde[own] = corrupt(x[own], task, generator, strength[own], **corruption_options(args))
         weights[own] = CORRUPTIONS[task][2] / mean_weight
     walking = [i for i in range(len(x))
-               if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
+               if energy and args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
     if walking:
         own = torch.tensor(walking).to(x.device, non_blocking=True)
         with autocast(x.device):
@@ -1126,6 +1129,8 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
+    ("--energy-after", float, 0.5, "share of the steps that train restoration alone, at first; the "
+     "next two shape the energy after them"),
     ("--full-share", float, 0.75, "share of images corrupted in full, the others in part"),
     ("--walk-every", int, 4, "of so many images one is trained where a first walk ends; 0: none"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
@@ -1164,13 +1169,14 @@ def check_args(args):
             "classification model of torchvision")
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            if name in ("weight_decay", "warmup_steps", "workers", "seed", "full_share",
-                        "walk_every"):
+            if name in ("weight_decay", "warmup_steps", "workers", "seed", "energy_after",
+                        "full_share", "walk_every"):
                 require(0 <= value < math.inf, name, "must be 0 or more")
             else:
                 require(0 < value < math.inf, name, "must be above 0")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
-    require(args.full_share <= 1, "full_share", "must be 1 or less")
+    for name in ("energy_after", "full_share"):
+        require(getattr(args, name) <= 1, name, "must be 1 or less")
     require(args.batch_size % processes == 0, "batch_size",
             f"must be a multiple of the {processes} processes")
     require(not args.finetune or args.batch_size > processes, "batch_size",

@@ -545,16 +545,30 @@ def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processe
 def test_images_corrupted_in_part_weigh_more_by_what_their_strength_lacks(monkeypatch):
     strengths = torch.tensor([1.0, 0.5, 0.25, 0.2, 0.1, 0.0])
     monkeypatch.setattr(ep, "draw_strengths", lambda *_: strengths)
-    args = ep.parse_args([*TINY, "--task", "denoise", "--walk-every", "0"])
+    args = ep.parse_args([*TINY, "--task", "denoise", "--walk-every", "0", "--energy-after", "0"])
     _, weights = ep.corrupt_batch(args, None, images(0, 6), 1)
     torch.testing.assert_close(weights, torch.tensor([1.0, 2, 4, 5, 5, 5]))
 
 
+def test_restoration_alone_is_trained_first_and_the_energy_after():
+    flags = [*TINY, "--task", "denoise,sr", "--batch-size", "8", "--max-steps", "8"]
+    both, never, always = (ep.parse_args([*flags, "--energy-after", *rest]) for rest in (
+        ["0.25"], ["0", "--full-share", "1", "--walk-every", "0"], ["0"]))
+    pretrainer, x = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8)
+    for step in range(1, 9):
+        (given, weights), *others = (ep.corrupt_batch(args, pretrainer, x, step)
+                                     for args in (both, never, always))
+        expected, expected_weights = others[step > 2]
+        assert torch.equal(given, expected) and torch.equal(weights, expected_weights), step
+        assert not torch.equal(others[0][0], others[1][0]), step
+
+
 @settings(max_examples=10)
-@given(st.integers(0, 30), st.sampled_from([1, 2, 4]), st.integers(1, 9))
+@given(st.integers(1, 30), st.sampled_from([1, 2, 4]), st.integers(1, 9))
 def test_one_of_so_many_images_in_each_task_is_trained_where_a_walk_ends(step, processes, every):
     still, walking = (ep.parse_args([*TINY, "--task", "mim,sr", "--batch-size", "8", "--num-steps",
-                                     "2", "--walk-every", str(n)]) for n in (0, every))
+                                     "2", "--energy-after", "0", "--walk-every", str(n)])
+                      for n in (0, every))
     pretrainer, x, part = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8), 8 // processes
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(processes):
@@ -758,6 +772,7 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide some of the 16 blocks and leave some"),
     (["--mask-ratio", "0.99"], "--mask-ratio 0.99: must hide some of the 16 blocks and leave some"),
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
+    (["--energy-after", "2"], "--energy-after 2.0: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
     (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two images"),
