@@ -152,19 +152,17 @@ def corrupt(x, task, generator, strength=1.0, **options):
     s = torch.as_tensor(strength, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     return torch.lerp(x, x_tilde, s)          # exact at both ends, unlike x + s * (x_tilde - x)
 
-def draw_strengths(batch_size, generator, full_share=0.85, max_part=0.5):
-    """One strength per image (B,): 1 for a share of them on average, else uniform up to max_part.
+def draw_strengths(batch_size, generator, full_share=0.75):
+    """One strength per image (B,): 1 for a share of them on average, else uniform in [0, 1].
 
     With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
     nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
         E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
     x_hat_s being where one step leads from x_s = x + s (x_tilde - x). If every x_hat_s is x, it is
-    |x_tilde - x|^2 / (2 alpha): then energies are in order, and data at rest. The far half of the
-    way resembles its end, so that images are best spent on the near one.
+    |x_tilde - x|^2 / (2 alpha): then energies are in order, and data at rest.
     """
     s = torch.rand(batch_size, generator=generator, device=generator.device)
-    s = s / max(1 - full_share, 1e-9)
-    return torch.where(s < 1, max_part * s, 1.0)
+    return (s / max(1 - full_share, 1e-9)).clamp(max=1)
 
 # ---- 3. The energy -----------------------------------------------------------------------------
 # A plain pre-norm Vision Transformer. Names and shapes of the parameters are timm's, so that the
@@ -918,7 +916,7 @@ def corrupt_batch(args, pretrainer, x, step):
     first = step * args.batch_size + rank * len(x)
     generator = make_generator(x.device, args.seed, step, rank, 1)
     energy = step > args.energy_after * args.max_steps
-    strength = draw_strengths(len(x), generator, args.full_share if energy else 1.0, args.max_part)
+    strength = draw_strengths(len(x), generator, args.full_share if energy else 1.0)
     x_tilde, weights = torch.empty_like(x), x.new_empty(len(x))
     mean_weight = statistics.mean(CORRUPTIONS[task][2] for task in tasks)
     for i in range(min(len(tasks), len(x))):
@@ -1132,10 +1130,9 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
     ("--energy-after", float, 0.5, "share of the steps that train restoration alone, at first; the "
-     "next three shape the energy after them"),
-    ("--full-share", float, 0.85, "share of images corrupted in full, the others in part"),
-    ("--max-part", float, 0.5, "up to which part of the full corruption these others are"),
-    ("--walk-every", int, 5, "of so many images one is trained where a first walk ends; 0: none"),
+     "next two shape the energy after them"),
+    ("--full-share", float, 0.75, "share of images corrupted in full, the others in part"),
+    ("--walk-every", int, 4, "of so many images one is trained where a first walk ends; 0: none"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
     ("--sort-grid", int, 4, "sort: pieces per side"),
@@ -1178,7 +1175,7 @@ def check_args(args):
             else:
                 require(0 < value < math.inf, name, "must be above 0")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
-    for name in ("energy_after", "full_share", "max_part"):
+    for name in ("energy_after", "full_share"):
         require(getattr(args, name) <= 1, name, "must be 1 or less")
     require(args.batch_size % processes == 0, "batch_size",
             f"must be a multiple of the {processes} processes")

@@ -169,11 +169,10 @@ def test_remove_color_is_an_idempotent_grey(seed):
 
 @pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
 def test_draw_strengths_are_one_for_a_share_and_uniform_for_the_rest(share):
-    for part in (0.25, 1.0):
-        s = ep.draw_strengths(10_000, ep.make_generator("cpu", 0), share, part)
-        rest = s[s < 1]
-        assert s.min() >= 0 and s.max() == 1 and abs(1 - len(rest) / len(s) - share) < 0.02
-        assert share == 1 or rest.max() <= part and abs(rest.mean() / part - 0.5) < 0.02
+    s = ep.draw_strengths(10_000, ep.make_generator("cpu", 0), share)
+    rest = s[s < 1]
+    assert s.min() >= 0 and s.max() == 1 and abs(1 - len(rest) / len(s) - share) < 0.02
+    assert share == 1 or abs(rest.mean() - 0.5) < 0.02
 
 
 # ---- 3. The energy -----------------------------------------------------------------------------
@@ -545,17 +544,14 @@ def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processe
 
 def test_images_corrupted_in_part_weigh_more_by_what_their_strength_lacks(monkeypatch):
     strengths = torch.tensor([1.0, 0.5, 0.25, 0.2, 0.1, 0.0])
-    asked = {(6, 0.3, 0.4): strengths}
-    monkeypatch.setattr(ep, "draw_strengths", lambda n, _, share, part: asked[n, share, part])
-    args = ep.parse_args([*TINY, "--task", "denoise", "--walk-every", "0", "--energy-after", "0",
-                          "--full-share", "0.3", "--max-part", "0.4"])
+    monkeypatch.setattr(ep, "draw_strengths", lambda *_: strengths)
+    args = ep.parse_args([*TINY, "--task", "denoise", "--walk-every", "0", "--energy-after", "0"])
     _, weights = ep.corrupt_batch(args, None, images(0, 6), 1)
     torch.testing.assert_close(weights, torch.tensor([1.0, 2, 4, 5, 5, 5]))
 
 
 def test_restoration_alone_is_trained_first_and_the_energy_after():
-    flags = [*TINY, "--task", "denoise,sr", "--batch-size", "8", "--max-steps", "8",
-             "--full-share", "0.5"]
+    flags = [*TINY, "--task", "denoise,sr", "--batch-size", "8", "--max-steps", "8"]
     both, never, always = (ep.parse_args([*flags, "--energy-after", *rest]) for rest in (
         ["0.25"], ["0", "--full-share", "1", "--walk-every", "0"], ["0"]))
     pretrainer, x = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8)
@@ -776,7 +772,6 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide some of the 16 blocks and leave some"),
     (["--mask-ratio", "0.99"], "--mask-ratio 0.99: must hide some of the 16 blocks and leave some"),
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
-    (["--max-part", "1.5"], "--max-part 1.5: must be 1 or less"),
     (["--energy-after", "2"], "--energy-after 2.0: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
@@ -932,7 +927,7 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path, task, gai
         ranks = torch.stack([values.argsort().argsort().double() for values in (rise, distance)])
         assert torch.corrcoef(ranks)[0, 1] > 0.9, torch.corrcoef(ranks)
         slope = (2 * alpha * rise / distance).median().item()
-        assert 0.25 < slope < 1.2, slope
+        assert 0.4 < slope < 1.2, slope
 
 
 def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, capsys, monkeypatch):
