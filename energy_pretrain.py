@@ -159,8 +159,8 @@ def draw_strengths(batch_size, generator, full_share=0.75):
     nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
         E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
     x_hat_s being where one step leads from x_s = x + s (x_tilde - x). If every x_hat_s is x, it is
-    |x_tilde - x|^2 / (2 alpha): then energies are in order, and data at rest. All of the way must be
-    seen: trained up to s = 1/2 and at 1, a network of mim alone ruined images with s = 0.7.
+    |x_tilde - x|^2 / (2 alpha): then energies are in order, and data at rest. The whole way must be
+    seen: mim alone, with no s between 1/2 and 1, took images at s = 0.7 to 8.8 dB.
     """
     s = torch.rand(batch_size, generator=generator, device=generator.device)
     return (s / max(1 - full_share, 1e-9)).clamp(max=1)
