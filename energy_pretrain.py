@@ -56,6 +56,7 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
@@ -68,16 +69,14 @@ class UserError(Exception):
 
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
-    B, C, H, W = x.shape
-    x = x.reshape(B, C, H // patch, patch, W // patch, patch)   # (B, C, H/P, P, W/P, P)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * patch * patch)        # (B, N, C*P*P)
+    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))   # (B, C, H/P, P, W/P, P)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                 # (B, N, C*P*P)
 
 def unpatchify(patches, patch, height):
     """Undo `patchify`: put patches (B, N, C*P*P) back into images (B, C, H, W) of this height."""
-    B, N, length = patches.shape
-    rows, C = height // patch, length // patch**2
-    x = patches.view(B, rows, N // rows, C, patch, patch)       # (B, H/P, W/P, C, P, P)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(B, C, height, N // rows * patch)  # (B, C, H, W)
+    x = patches.unflatten(2, (-1, patch, patch))                # (B, N, C, P, P)
+    x = x.unflatten(1, (height // patch, -1))                   # (B, H/P, W/P, C, P, P)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)                 # (B, C, H, W)
 
 def psnr(mean_squared_error):
     """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
@@ -125,9 +124,8 @@ def add_noise(x, generator, noise_std=0.5):
 
 def remove_color(x, generator):
     """Colourisation: keep only the luma (ITU-R BT.601 weights), repeated in all three channels."""
-    weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype).view(1, 3, 1, 1)
-    weights = weights.to(x.device, non_blocking=True)       # else the GPU would be waited for
-    return (x * weights).sum(1, keepdim=True).expand_as(x).clone()
+    red, green, blue = x.split(1, dim=1)                                        # (B, 1, H, W)
+    return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
 # The last column weighs the tasks against each other when one network learns several; by trial.
 CORRUPTIONS = {  # task: (its verb, the options that set how hard it is, its weight in the loss)
@@ -516,14 +514,13 @@ class Crops(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         index, seed = key
-        unreadable, image, label = [], None, 0
-        while image is None and len(unreadable) < 100:
+        unreadable, image, label = [], Image.new("RGB", (1, 1)), 0
+        for i in range(100):                    # if all fail, `image_batches` ends the run
             try:
-                image, label = self.load(index)
+                image, label = self.load((index + i) % len(self.source))
+                break
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):    # Pillow's
-                unreadable.append(self.source[index][0])
-                index = (index + 1) % len(self.source)
-        image = image or Image.new("RGB", (1, 1))           # `image_batches` ends the run
+                unreadable.append(self.source[(index + i) % len(self.source)][0])
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
             torch.manual_seed(seed)
             return self.crop(image), label, "\0".join(unreadable)
@@ -617,8 +614,6 @@ def build_optimizers(module, weight_decay):
     """
     inner, decaying, exempt = [], [], []
     for name, p in module.named_parameters():
-        if not p.requires_grad:
-            continue
         if p.ndim < 2 or name.endswith(("_embed", "_token")):
             exempt.append(p)
         elif p.ndim == 2 and name.startswith("model.") and name != "model.head.weight":
@@ -627,7 +622,7 @@ def build_optimizers(module, weight_decay):
             decaying.append(p)
     groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)]
-    if inner:       # a ResNet and a frozen backbone have none
+    if inner:       # a ResNet has none
         optimizers.append(torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
@@ -1089,13 +1084,10 @@ def benchmark(args, repetitions=10):
     for name, row in list(rows.items()) * (repetitions + 3):        # the first 3 rounds warm up
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = timer()                         # waits for the GPU, then reads the clock
         row()
-        if cuda:
-            torch.cuda.synchronize()
-            memory[name] = torch.cuda.max_memory_allocated() / 2**30
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(timer() - start)
+        memory[name] = torch.cuda.max_memory_allocated() / 2**30        # 0 without CUDA
     medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print0(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
@@ -1182,9 +1174,8 @@ def check_args(args):
             f"must be a multiple of the {processes} processes")
     require(not args.finetune or args.batch_size > processes, "batch_size",
             "--finetune needs two images or more for each process")
-    for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
-                       ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
-        require(not used or args.image_size % (getattr(args, name) or 1) == 0, name,
+    for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")):
+        require(task not in tasks or args.image_size % getattr(args, name) == 0, name,
                 f"must divide the image size, {args.image_size}")
     blocks = args.mask_grid**2
     require("mim" not in tasks or 0 < round(args.mask_ratio * blocks) < blocks, "mask_ratio",
