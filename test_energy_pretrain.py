@@ -455,6 +455,19 @@ def test_folder_names_each_unreadable_file_once(tmp_path, capfd):
     assert capfd.readouterr().err.count("broken.jpg") == 1
 
 
+def test_an_unreadable_file_is_replaced_by_the_next_readable_one_round_the_end(tmp_path):
+    source = [(str(tmp_path / f"{i}.png"), i) for i in range(4)]
+    for path, i in source:
+        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(path)
+    for broken in (0, 3):
+        Path(source[broken][0]).write_bytes(b"no image")
+    crops = ep.Crops(source, 16, False)
+    for index, used, named in ((0, 1, [0]), (1, 1, []), (2, 2, []), (3, 1, [3, 0])):
+        pixels, label, unreadable = crops[index, 0]
+        assert (pixels[0] == 60 * used).all() and label == used, index
+        assert unreadable == "\0".join(source[i][0] for i in named), index
+
+
 def test_crops_follow_from_their_seed_and_leave_the_global_state():
     noise = Image.effect_noise((64, 96), 80)
     crops, middle = (ep.Crops([(noise, 3)], 16, augment) for augment in (True, False))
