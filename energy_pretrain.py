@@ -7,6 +7,8 @@ the walk to end at the original. No decoder, no teacher, no heavy augmentation:
     E(x)                                one scalar per image, the network's forward pass       (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)    the backward pass restores, K steps from x_tilde       (2)
     loss    = mean_k smooth_l1(x_k, x)  every step should land on the clean image x            (3)
+            + w relu(1/4 - r)           and what is corrupted should lie higher than x,        (4)
+              r = 2 alpha (E(x_s) - E(x)) / |x_s - x|^2, x_s = x + s (x_tilde - x), s in [0, 1]
 
 Why should an energy appear when one learns to restore? Corrupt x with Gaussian noise of standard
 deviation sigma and take the squared error. The best restoration is then the posterior mean, which
@@ -80,7 +82,7 @@ def unpatchify(patches, patch, height):
 
 def psnr(mean_squared_error):
     """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
-    return 10 * torch.tensor(4 / max(mean_squared_error, 1e-12), dtype=torch.float64).log10().item()
+    return -10 * math.log10(max(mean_squared_error, 1e-12) / 4)
 
 def make_generator(device, *key):
     """A generator that is a pure function of integers such as (seed, step, rank): no random state
@@ -90,14 +92,12 @@ def make_generator(device, *key):
 
 # ---- 2. Corruptions ----------------------------------------------------------------------------
 # Five verbs, one signature: images and a generator in, images of the same shape out. To add a
-# sixth task, write its verb and give it a line in CORRUPTIONS.
+# sixth task, write its verb, give it a line in CORRUPTIONS, and its options lines in FLAGS.
 
 def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8):
-    """Masked image modelling: of mask_grid x mask_grid square blocks hide a share, mask_ratio.
-
-    Exactly round(mask_ratio * mask_grid^2) blocks of every image are painted zero: mid-grey says
-    nothing of what was there, is near the mean of images, and as a constant can be told from data.
-    """
+    """Masked image modelling: paint exactly round(mask_ratio * M) of the M = mask_grid^2 blocks of
+    every image zero: mid-grey says nothing of what was there, is near the mean of images, and as a
+    constant can be told from data."""
     B, block, M = len(x), x.shape[2] // mask_grid, mask_grid**2
     rank = torch.rand(B, M, generator=generator, device=x.device).argsort(1).argsort(1)
     mask = (rank < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
@@ -143,25 +143,11 @@ def corrupt(x, task, generator, strength=1.0, **options):
     x: (B, 3, H, W) in [-1, 1], never written to. task: one of TASKS. generator: the source of every
     random choice, on x's device. strength s: one number or one per image (B,), in [0, 1]; 0 gives
     x and 1 the full corruption, exactly. options: those named in CORRUPTIONS; what another task
-    uses is ignored, so one dict serves all. Returns a new tensor of x's shape and dtype.
-    """
+    uses is ignored, so one dict serves all. Returns a new tensor of x's shape and dtype."""
     verb, names, _ = CORRUPTIONS[task]
     x_tilde = verb(x, generator, **{name: options[name] for name in names if name in options})
     s = torch.as_tensor(strength, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
     return torch.lerp(x, x_tilde, s)          # exact at both ends, unlike x + s * (x_tilde - x)
-
-def draw_strengths(batch_size, generator, full_share=0.75):
-    """One strength per image (B,): 1 for a share of them on average, else uniform in [0, 1].
-
-    With s = 1 alone restoration is learned only at the far end of the way from x to x_tilde, and
-    nothing ties E(x_tilde) to E(x). With all s the difference is an integral of what was learned,
-        E(x_tilde) - E(x) = 1/alpha integral_0^1 (x_s - x_hat_s) . (x_tilde - x) ds,
-    x_hat_s being where one step leads from x_s = x + s (x_tilde - x). If every x_hat_s is x, it is
-    |x_tilde - x|^2 / (2 alpha): then energies are in order, and data at rest. The whole way must be
-    seen: mim alone, with no s between 1/2 and 1, took images at s = 0.7 to 8.8 dB.
-    """
-    s = torch.rand(batch_size, generator=generator, device=generator.device)
-    return (s / max(1 - full_share, 1e-9)).clamp(max=1)
 
 # ---- 3. The energy -----------------------------------------------------------------------------
 # A plain pre-norm Vision Transformer. Names and shapes of the parameters are timm's, so that the
@@ -205,21 +191,19 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer whose forward pass is the energy of Eq. (1): (B, 3, H, W) -> (B,).
 
-    The read-out compares: each patch as it came in, embedded, times what the last layer, which has
-    seen all the others, says in its place; of these products the mean, weighted by D numbers. Where
-    a patch differs from what the others let expect, the energy slopes towards the expected: this
-    first term of the gradient is there whatever the layers below carry back. (With all five
-    tasks, reading the mean token alone took three times as many steps.) The D weights start at
-    zero, where E has no gradient, so restoration begins as the identity.
-    """
+    The read-out compares each patch as it came in, embedded, p_n, with what the last layer, which
+    has seen all the others, says in its place, z_n: E(x) = 1/N sum_n sum_d w_d p_nd z_nd. Where a
+    patch differs from what the others let expect, the energy slopes towards the expected: this
+    first term of the gradient is there whatever the layers below carry back. (With all five tasks,
+    reading the mean token alone took three times as many steps.) The D weights w start at zero,
+    where E has no gradient, so restoration begins as the identity. The class token is not read."""
 
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=4, num_heads=3):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not divisible by patch size {patch_size}")
         self.patch_size = patch_size
-        proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
-        self.patch_embed = nn.Sequential(OrderedDict(proj=proj))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
@@ -246,18 +230,15 @@ class ViT(nn.Module):
             x = block(x)                                                        # (B, N+1, D)
         return self.norm(x)
 
-    def features(self, x):
-        """All tokens of images (B, 3, H, W): (B, N+1, D), class token first."""
-        return self.encode(self.embed(x))
-
     def represent(self, x):
         """One vector for each image, for a classifier: (B, 3, H, W) -> (B, D)."""
-        return self.features(x)[:, 1:].mean(1)
+        return self.encode(self.embed(x))[:, 1:].mean(1)
 
     def forward(self, x):
         patches = self.embed(x)                                                 # (B, N, D)
-        agreement = (patches * self.encode(patches)[:, 1:]).mean(1)             # (B, D)
-        return self.head(agreement).squeeze(1)                                  # Eq. (1): (B,)
+        # products and a sum, not self.head(...), which autocast would round to bfloat16
+        agreement = patches * self.head.weight * self.encode(patches)[:, 1:]    # (B, N, D)
+        return agreement.sum(2).mean(1)                                         # Eq. (1): (B,)
 
 def backbone_state(model):
     """The weights of use elsewhere: all but the read-out, under the network's own names."""
@@ -270,7 +251,8 @@ class TorchvisionEnergy(nn.Module):
 
     def __init__(self, name, image_size):
         super().__init__()
-        single = {"aux_logits": False, "init_weights": False}       # one output while training too
+        # one output also in training mode, in which `build_pretrainer` measures batch norm
+        single = {"aux_logits": False, "init_weights": False}
         options = {"vit": {"image_size": image_size}, "maxvit": {"input_size": (image_size,) * 2},
                    "googlenet": single, "inception": single}.get(name.split("_")[0], {})
         self.net = torchvision.models.get_model(name, weights=None, **options)
@@ -284,143 +266,151 @@ class TorchvisionEnergy(nn.Module):
             if hasattr(module, "inplace"):          # second backward pass still needs
                 module.inplace = False
 
-    def represent(self, x):
-        """One vector for each image, for a classifier: (B, 3, H, W) -> (B, D)."""
-        with sdpa_kernel(SDPBackend.MATH):          # the one backend with a second derivative
-            return self.net(x)
+    def represent(self, x):                         # as in ViT: (B, 3, H, W) -> (B, D)
+        return self.net(x)
 
     def forward(self, x):
-        return self.head(self.represent(x)).squeeze(1)
+        with sdpa_kernel(SDPBackend.MATH):          # the one backend with a second derivative
+            return (self.represent(x) * self.head.weight).sum(1)
 
-VIT_SIZES = {   # name: width D, depth, heads h
-    "nano": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12),
-    "large": (1024, 24, 16)}
+VIT_SIZES = {"nano": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6),
+             "base": (768, 12, 12), "large": (1024, 24, 16)}    # name: width D, depth, heads h
 
 def build_model(name, image_size=32, patch_size=None):
     """An energy, (B, 3, image_size, image_size) -> (B,).
 
     name: one of VIT_SIZES, or a torchvision classification model. patch_size is for the ViTs: by
     default 16, below 128 pixels 4. In evaluation mode also while training: an energy is a function
-    of one image, so no dropout and no batch statistics. ValueError if name or size is wrong.
-    """
+    of one image, so no dropout and no batch statistics. ValueError if name or size is wrong."""
     if name in VIT_SIZES:
         patch_size = patch_size or (4 if image_size < 128 else 16)
         return ViT(image_size, patch_size, *VIT_SIZES[name]).eval()
     return TorchvisionEnergy(name, image_size).eval()
 
 # ---- 4. Restoration and loss -------------------------------------------------------------------
-# The heart: Eq. (2) and Eq. (3).
+# The heart: Eq. (2), (3) and (4).
 
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
-    """Walk num_steps steps down the energy from x_tilde, Eq. (2).
+    """Walk num_steps steps down the energy from x_tilde, Eq. (2); return x_1 ... x_K as one tensor
+    (K, B, 3, H, W).
 
     energy_fn: any callable from (B, 3, H, W) to (B,), each image on its own. alpha: the step size,
-    a number or a scalar tensor. Returns all iterates x_1 ... x_K as one tensor (K, B, 3, H, W).
-    Works under torch.no_grad() and inside torch.compile(fullgraph=True). With create_graph the
-    iterates can be differentiated by parameters and alpha; without, no graph is kept.
-    """
-    # The sum's gradient holds each image's own, since no energy depends on another image.
-    # torch.func.grad, unlike torch.autograd.grad, can be traced by torch.compile, and works also
-    # where gradients are switched off around it.
+    a number or a scalar tensor. With create_graph each iterate can be differentiated by parameters
+    and alpha, through its own step only; without, no graph is kept."""
+    # The sum's gradient holds each image's own, since no energy depends on another image. Unlike
+    # torch.autograd.grad, torch.func.grad works under torch.compile and under torch.no_grad().
     gradient = torch.func.grad(lambda x: energy_fn(x).float().sum())
-    iterates, x = [], x_tilde
+    walk = [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = x.detach()      # every step is trained to do its best from where it stands
-            x = x - alpha * gradient(x)                                         # Eq. (2)
-            iterates.append(x)
-    return torch.stack(iterates)
+            x = walk[-1].detach()       # every step is trained to do its best from where it stands
+            walk.append(x - alpha * gradient(x))                                # Eq. (2)
+    return torch.stack(walk[1:])
 
-def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
-    """Eq. (3): the mean over K steps of smooth_l1(x_k, x), a scalar to be trained through. It is
-    half the squared difference where that is below 1, half of the pixel range; beyond, linear.
-    weight: of the images, one number or one for each (B,)."""
+def order_loss(energy_fn, x, x_s, alpha):
+    """Eq. (4), a scalar: energies should rise along the way x_s = x + s (x_tilde - x), s in [0, 1].
+
+    Restoring alone ties no energy to any other. But let x_hat_t be where one step from x_t lands:
+    dE/dx(x_t) = (x_t - x_hat_t) / alpha. Along the way these slopes add up to
+        E(x_s) - E(x) = 1/alpha integral_0^s (x_t - x_hat_t) . (x_tilde - x) dt,
+    which is |x_s - x|^2 / (2 alpha) if all land on x. Real steps fall short, so a quarter of this
+    ideal is asked for. The loss is what is missing, as a share of the ideal; where that is small,
+    |x_s - x|^2 < 1, an image counts less."""
+    ideal = (x_s - x).square().flatten(1).sum(1) / 2                            # (B,)
+    above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
+    rise = alpha * (above - below)
+    return (F.relu(ideal / 4 - rise) / ideal.clamp(min=0.5)).mean()             # Eq. (4)
+
+def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None, order_weight=0.0):
+    """Eq. (3), the mean over K steps of smooth_l1(x_k, x), plus order_weight, w, times Eq. (4): a
+    scalar to be trained through. smooth_l1 of a difference d is d^2 / 2 where |d| < 1, half of the
+    pixel range; beyond, linear.
+
+    weight: of each image in (3), a number or (B,). x_s: the first len(x_s) of the images, partly
+    corrupted, for (4); None leaves it out. alpha, then a tensor, and K as in `restore`."""
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
-    return (error.flatten(2).mean(2) * weight).mean()
+    loss = (error.flatten(2).mean(2) * weight).mean()
+    if x_s is None:
+        return loss
+    # alpha is learned by restoring alone; else it would grow to satisfy (4)
+    return loss + order_weight * order_loss(energy_fn, x[:len(x_s)], x_s, alpha.detach())
 
 class Pretrainer(nn.Module):
-    """The energy, its step size and the loss in one module, as DistributedDataParallel averages the
-    gradients of one forward call: the whole walk must happen inside. alpha is learned as a
-    logarithm, which keeps it positive and its learning rate relative."""
+    """The energy, its step size, the walk and the loss in one module, as DistributedDataParallel
+    averages gradients after one forward call. alpha is large, since E is a mean over patches and
+    dE/dx small; it is learned as a logarithm: always positive, changed by factors."""
 
-    def __init__(self, model, alpha=256.0, num_steps=1):
+    def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.002):
         super().__init__()
         self.model = model
-        self.num_steps = num_steps
+        self.num_steps, self.order_weight = num_steps, order_weight
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
         self.loss_fn = energy_loss                              # `try_compile` puts another here
 
-    def forward(self, x, x_tilde, weight=1.0):
-        alpha = self.log_alpha.exp()
-        return self.loss_fn(self.model, x, x_tilde, alpha, self.num_steps, weight)
+    def forward(self, x, x_tilde, weight=1.0, x_s=None):
+        return self.loss_fn(self.model, x, x_tilde, self.log_alpha.exp(), self.num_steps, weight,
+                            x_s, self.order_weight)
 
 def freeze_unused(pretrainer, x):
-    """Freeze the parameters that never enter dE/dx; return their names.
+    """Freeze the parameters that never enter dE/dx.
 
     What only shifts the energy has no part in its gradient, so it never learns, and DDP would
     refuse the next step: that is why the read-out has no bias, and the last LayerNorm of vit_b_16
-    loses its own. One dry run finds such parameters in any network. UserError if no other is found;
-    RuntimeError if an operation has no second derivative.
-    """
-    pretrainer(x, x / 2).backward()
+    loses its own. One dry run finds such parameters in any network. UserError if no gradient
+    differs from zero; RuntimeError if an operation has no second derivative."""
+    pretrainer(x, x / 2).backward()     # behind a zero read-out most gradients are 0, not None
     if not any(p.grad is not None and p.grad.any() for p in pretrainer.parameters()):
         raise UserError("--model: no gradient reaches this network's parameters through dE/dx")
-    unused = {name: p for name, p in pretrainer.named_parameters() if p.grad is None}
-    for p in unused.values():
-        p.requires_grad_(False)
-    pretrainer.zero_grad(set_to_none=True)
-    return list(unused)
+    for p in pretrainer.parameters():
+        p.requires_grad_(p.grad is not None)
+    pretrainer.zero_grad()
 
 # ---- 5. Processes ------------------------------------------------------------------------------
 # torchrun starts one process per GPU and tells each its place in environment variables. A process
 # alone is the same program in a world of one.
 
-def process_place():
-    """(rank, number of processes, rank on this machine)"""
-    return tuple(int(os.environ.get(name, default)) for name, default in
-                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
+                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 
 def print0(*values, **options):
-    if process_place()[0] == 0:
+    if RANK == 0:
         print(*values, **options, flush=True)
 
 def set_up_device(args):
     """Join the other processes, if any, and return this one's device."""
-    rank, world_size, local_rank = process_place()
     try:
         device = torch.device(args.device)
     except RuntimeError:
         raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
     if device.type == "cuda":
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
-    if world_size > 1:
+    if WORLD_SIZE > 1:
         # Workers that torchrun has restarted must not read the addresses their predecessors left
         # in the store (pytorch/pytorch#135712). Across machines the count is no common name.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
-            store = dist.PrefixStore("attempt " + attempt, store)
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD_SIZE):
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=rank, world_size=world_size)
+                                rank=RANK, world_size=WORLD_SIZE)
     return device
 
 def fail(error):
     """Say it once and exit with status 2. Under torchrun rank 0 speaks; the others wait for
     torchrun to end them, and speak only if rank 0 had nothing to say."""
-    if process_place()[0]:
+    if RANK:
         time.sleep(20)
     print("energy_pretrain.py: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     sys.exit(2)
 
 # ---- 6. Data -----------------------------------------------------------------------------------
 # Landscapes drawn on the spot, or image files. What step n trains on follows from (seed, n), so a
-# run that was stopped goes on with what it would have seen: files however many processes there are,
-# landscapes and corruptions with as many as before.
+# run that was stopped goes on with what it would have seen: the same files with any number of
+# processes, the same landscapes and corruptions only with as many as before.
 
 EPOCH_OF_LANDSCAPES = 1_281_167     # they have no end; as many as ImageNet-1K count as one epoch
 HELD_OUT = 256                      # crops of images never trained on that a run is evaluated on
@@ -434,8 +424,7 @@ def draw_landscapes(batch_size, size, generator):
     """Draw images (B, 3, S, S) in [-1, 1] and the kind of their objects (B,), 0 ... 3, on the
     generator's device: a sky at some time of day, a wavy horizon, furrowed ground and three objects
     whose colour follows from their shape. Every task finds something to learn: order from sky and
-    ground, colour from place and shape, what is hidden from what surrounds it.
-    """
+    ground, colour from place and shape, what is hidden from what surrounds it."""
     B, device = batch_size, generator.device
     def uniform(low, high):
         return low + (high - low) * torch.rand(B, 1, 1, 1, generator=generator, device=device)
@@ -493,8 +482,7 @@ class Crops(torch.utils.data.Dataset):
     source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
     says, instead of taking the middle. A file that cannot be decoded is replaced by the next.
     Images are kept, shrunken to three times the size of the crops, some 256 MiB in each worker, so
-    that a small folder of large photographs is not decoded in every epoch.
-    """
+    that a small folder of large photographs is not decoded in every epoch."""
 
     def __init__(self, source, size, augment):
         self.source, self.short_side, self.cache, self.named = source, 3 * size, {}, {""}
@@ -503,14 +491,13 @@ class Crops(torch.utils.data.Dataset):
         self.crop = v2.Compose([*steps, v2.PILToTensor()])
 
     def load(self, index):
-        if index not in self.cache:
-            image, label = self.source[index]
-            image = read_image(image, self.short_side) if isinstance(image, str) else \
-                image.convert("RGB")
-            if len(self.cache) >= 2**28 // (4 * self.short_side**2):
-                return image, label
+        if index in self.cache:
+            return self.cache[index]
+        item, label = self.source[index]
+        image = read_image(item, self.short_side) if isinstance(item, str) else item.convert("RGB")
+        if len(self.cache) < 2**28 // (4 * self.short_side**2):
             self.cache[index] = image, label
-        return self.cache[index]
+        return image, label
 
     def __getitem__(self, key):
         index, seed = key
@@ -538,12 +525,11 @@ def open_data(args):
         dataset, *splits, classes = NAMED_DATA[args.data]
         if args.finetune and args.data == "stl10":
             splits[0] = {"split": "train"}                  # the labelled part
-        rank, processes, _ = process_place()
         try:                            # rank 0 downloads, then the others find the files there
-            if rank > 0:
+            if RANK > 0:
                 dist.barrier()
             sources = [dataset("data", download=True, **split) for split in splits]
-            if rank == 0 and processes > 1:
+            if RANK == 0 and WORLD_SIZE > 1:
                 dist.barrier()
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {args.data}: cannot be downloaded to ./data ({error})")
@@ -569,8 +555,7 @@ def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
     """For every step this process's part of the global batch, as keys (index, seed) for `Crops`.
 
     The images stand in one endless row, each epoch a new permutation, and step n takes the n-th
-    batch of the row: every image comes once an epoch, however many processes there are.
-    """
+    batch of the row: every image comes once an epoch, however many processes there are."""
     part, epoch = batch_size // world_size, None
     for step in steps:
         keys, first = [], step * batch_size + rank * part
@@ -610,8 +595,7 @@ def build_optimizers(module, weight_decay):
     Muon (Jordan et al., 2024) replaces a matrix's momentum by roughly the nearest orthogonal
     matrix: all its directions move about equally far. These steps are scaled to AdamW's size, so
     that one learning rate serves both. Biases, norms, position and class embeddings (by the names
-    of our ViT) and log alpha do not decay.
-    """
+    of our ViT) and log alpha do not decay."""
     inner, decaying, exempt = [], [], []
     for name, p in module.named_parameters():
         if p.ndim < 2 or name.endswith(("_embed", "_token")):
@@ -691,15 +675,14 @@ def resume(args, module, optimizers):
     step, log, path = 0, Path(args.out, "log.jsonl"), Path(args.out, "checkpoint.pt")
     if args.resume and path.exists():
         then, step = load_checkpoint(path)
-        differing = [f"{name} ({then.get(name)} there, {now} now)"
-                     for name, now in sorted(vars(args).items())
-                     if name not in FREE_FIELDS and now != then.get(name)]
+        differing = [f"{k} ({then.get(k)} there, {v} now)" for k, v in sorted(vars(args).items())
+                     if k not in FREE_FIELDS and v != then.get(k)]
         if differing:
             raise UserError(f"{path} has another configuration, {'; '.join(differing)}: "
                             "take another --out, or --no-resume")
         load_checkpoint(path, module, optimizers)
         print0(f"resuming  after step {step}")
-    if process_place()[0] == 0:
+    if RANK == 0:
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
         kept = "".join(line for line in lines               # the last may be torn
                        if line.endswith("\n") and json.loads(line)["step"] <= step)
@@ -707,7 +690,8 @@ def resume(args, module, optimizers):
     return step
 
 # ---- 9. Evaluation -----------------------------------------------------------------------------
-# Fixed corruptions at full strength. Works without gradients, but for those `restore` takes itself.
+# Fixed corruptions, in full and along the way there. Works without gradients, but for those that
+# `restore` takes itself.
 
 def corruption_options(args):
     """How hard the tasks are, as `corrupt` takes it."""
@@ -715,69 +699,51 @@ def corruption_options(args):
 
 @torch.no_grad()
 def evaluate(pretrainer, images, tasks, options, chunk=64):
-    """Restore corrupted images (M, 3, S, S) and measure, on one process: {task: {name: value}}.
+    """Restore corrupted images (M, 3, S, S), and ask whether low energy means data, on one process:
+    {task: {name: value}}.
 
     psnr_corrupted and psnr_restored (one value a step): dB of the squared error averaged over all
     images, since a mean of per-image decibels is ruled by images that the corruption hardly
-    touches; *_hidden (mim): the same over hidden pixels. energy_clean, _corrupted, _restored:
-    means. order: share of images with E(clean) < E(corrupted). descent: share of images whose
-    energy the first step lowers.
-    """
-    model, alpha, metrics = pretrainer.model, pretrainer.log_alpha.exp(), {}
+    touches; *_hidden (mim): the same over hidden pixels. psnr_clean, psnr_quarter: of a clean image
+    after one step, of a quarter-corrupted one before and after. energy_clean, _corrupted,
+    _restored: means. order, order_quarter: share of images that lie lower than themselves at full
+    and at a quarter of the corruption. auroc: the same of any clean and any corrupted one. descent:
+    share of images whose energy the first step lowers. (Ties count as failures.) rank_correlation:
+    Spearman's, of E(x_s) - E(x) and |x_s - x|^2, over images with strengths s up to 1. slope: their
+    median ratio times 2 alpha, 1 if ideal, see `order_loss`."""
+    x, model, alpha, metrics = images, pretrainer.model, pretrainer.log_alpha.exp(), {}
+    def energy(y):                                                              # (M,)
+        return torch.cat([model(part) for part in y.split(chunk)]).double()
+    def walk(y, num_steps=1):                                                   # (K, M, 3, S, S)
+        return torch.cat([restore(model, part, alpha, num_steps) for part in y.split(chunk)], 1)
+    def decibels(y, where=...):
+        return psnr((y - x)[where].square().double().mean().item())
+    def share(condition):
+        return condition.double().mean().item()
+    clean, psnr_clean = energy(x), decibels(walk(x)[0])
+    s = torch.linspace(1 / len(x), 1, len(x), device=x.device).view(-1, 1, 1, 1)
     for task in tasks:
-        generator = make_generator(images.device, -2, TASKS.index(task))
-        squares, hidden, energies = [], [], []
-        for x in images.split(chunk):
-            x_tilde = corrupt(x, task, generator, **options)
-            walk = torch.cat([x_tilde[None], restore(model, x_tilde, alpha, pretrainer.num_steps)])
-            squares.append((walk - x).square().flatten(2))                      # (K+1, b, C*H*W)
-            hidden.append((x_tilde != x).flatten(1))                            # (b, C*H*W)
-            energies.append(torch.stack([model(y) for y in (x, *walk)]))        # (K+2, b)
-        squares, hidden = torch.cat(squares, 1).double(), torch.cat(hidden)
-        clean, corrupted, *restored = torch.cat(energies, 1)
-        result = metrics[task] = {
+        x_tilde = corrupt(x, task, make_generator(x.device, -2, TASKS.index(task)), **options)
+        x_hat, corrupted = walk(x_tilde, pretrainer.num_steps), energy(x_tilde)
+        restored = [energy(x_k) for x_k in x_hat]
+        quarter, x_s = torch.lerp(x, x_tilde, 0.25), torch.lerp(x, x_tilde, s)
+        rise, distance = energy(x_s) - clean, (x_s - x).square().flatten(1).sum(1)
+        ranks = torch.stack([rise, distance]).argsort(1).argsort(1).double()    # (2, M)
+        ranks -= ranks.mean(1, keepdim=True)
+        regions = {"": ...} | ({"_hidden": x_tilde != x} if task == "mim" else {})
+        metrics[task] = {
             "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
-            "energy_restored": restored[-1].mean().item(),
-            "order": (clean < corrupted).double().mean().item(),
-            "descent": (restored[0] < corrupted).double().mean().item()}
-        regions = {"": torch.ones_like(hidden)} | ({"_hidden": hidden} if task == "mim" else {})
-        for region, weight in regions.items():
-            decibels = [psnr(((step * weight).sum() / weight.sum()).item()) for step in squares]
-            result["psnr_corrupted" + region], *result["psnr_restored" + region] = decibels
-    return metrics
-
-@torch.no_grad()
-def examine_energy(pretrainer, images, task, options):
-    """Does low energy mean data? Measure it on images (M, 3, S, S): {name: value}.
-
-    auroc: share of pairs of any clean and any corrupted image in which the clean one lies lower.
-    order_quarter: share of images lower than themselves at a quarter of the corruption.
-    psnr_clean, psnr_quarter: dB of a clean image after one step, and of a quarter-corrupted one
-    before and after. rank_correlation: Spearman's, of E(x_s) - E(x) and |x_s - x|^2, over images
-    with strengths s from 0 to 1. slope: their median ratio times 2 alpha, 1 if ideal, see
-    `draw_strengths`.
-    """
-    model, alpha = pretrainer.model, pretrainer.log_alpha.exp()
-    x, generator = images, make_generator(images.device, -2, TASKS.index(task))
-    x_tilde = corrupt(x, task, generator, **options)
-    quarter = torch.lerp(x, x_tilde, 0.25)
-    s = torch.linspace(1 / len(x), 1, len(x), device=x.device)
-    x_s = torch.lerp(x, x_tilde, s.view(-1, 1, 1, 1))
-    def energy(y):
-        return torch.cat([model(part) for part in y.split(64)]).double()
-    def decibels(y):
-        return psnr((y - x).square().mean().item())
-    def after_one_step(y):
-        return decibels(torch.cat([restore(model, part, alpha)[0] for part in y.split(64)]))
-    low, distance = energy(x), (x_s - x).square().flatten(1).sum(1)                     # (M,)
-    rise = energy(x_s) - low
-    ranks = torch.stack([rise, distance]).argsort(1).argsort(1).double()
-    return {"auroc": (low[:, None] < energy(x_tilde)).double().mean().item(),
-            "order_quarter": (low < energy(quarter)).double().mean().item(),
-            "psnr_clean": after_one_step(x),
-            "psnr_quarter": [decibels(quarter), after_one_step(quarter)],
-            "rank_correlation": torch.corrcoef(ranks)[0, 1].item(),
+            "energy_restored": restored[-1].mean().item(), "order": share(clean < corrupted),
+            "order_quarter": share(clean < energy(quarter)),
+            "auroc": share(clean[:, None] < corrupted), "descent": share(restored[0] < corrupted),
+            "psnr_clean": psnr_clean,
+            "psnr_quarter": [decibels(quarter), decibels(walk(quarter)[0])],
+            "rank_correlation": F.cosine_similarity(*ranks, dim=0).item(),
             "slope": (2 * alpha * rise / distance).nanmedian().item()}      # 0 / 0: a grey image
+        for region, where in regions.items():
+            metrics[task]["psnr_corrupted" + region] = decibels(x_tilde, where)
+            metrics[task]["psnr_restored" + region] = [decibels(x_k, where) for x_k in x_hat]
+    return metrics
 
 def print_table(metrics, num_steps):
     def decibels(row, region=""):
@@ -797,37 +763,23 @@ def print_table(metrics, num_steps):
         print(f"{task:<20}{row['auroc']:8.3f}{row['order_quarter']:16.1%}{row['psnr_clean']:15.2f}"
               f"{before:15.2f}{after:8.2f}{row['rank_correlation']:12.3f} {row['slope']:6.2f}")
 
-@torch.no_grad()
 def draw_picture(pretrainer, images, tasks, options):
     """For every task a row each of clean, corrupted and restored images, named in the margin."""
-    rows, names = [], []
+    rows = []
     for task in tasks:
         generator = make_generator(images.device, -2, TASKS.index(task))
         x_tilde = corrupt(images, task, generator, **options)
         x_hat = restore(pretrainer.model, x_tilde, pretrainer.log_alpha.exp(), pretrainer.num_steps)
-        rows += [images, x_tilde, *x_hat]
-        names += [f"{task}: clean", "corrupted"]
-        names += [f"restored, step {k + 1}" for k in range(len(x_hat))]
-    tiles = torch.cat(rows).float().cpu().clamp(-1, 1) / 2 + 0.5
+        rows += [(f"{task}: clean", images), ("corrupted", x_tilde)]
+        rows += [(f"restored, step {k}", x_k) for k, x_k in enumerate(x_hat, 1)]
+    tiles = torch.cat([row for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))     # nearest neighbour
     grid = torchvision.utils.make_grid(tiles, nrow=len(images), padding=4, pad_value=1.0)
     picture = Image.new("RGB", (grid.shape[2] + 120, grid.shape[1]), "white")
     picture.paste(v2.functional.to_pil_image(grid), (120, 0))
-    for row, name in enumerate(names):
-        middle = (row + 0.5) * (tiles.shape[2] + 4)
-        ImageDraw.Draw(picture).text((8, middle - 4), name, fill="black")
+    for i, (name, _) in enumerate(rows):        # beside the middle of its row
+        ImageDraw.Draw(picture).text((8, (i + 0.5) * (tiles.shape[2] + 4) - 4), name, fill="black")
     return picture
-
-def report(args, pretrainer, images):
-    """Evaluate, print the table, write OUT/restorations.png; return the metrics."""
-    tasks, options = args.task.split(","), corruption_options(args)
-    metrics = evaluate(pretrainer, images, tasks, options)
-    for task in tasks:
-        metrics[task] |= examine_energy(pretrainer, images[:HELD_OUT // 2], task, options)
-    print_table(metrics, args.num_steps)
-    picture = draw_picture(pretrainer, images[:8], tasks, options)
-    write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
-    return metrics
 
 # ---- 10. Training ------------------------------------------------------------------------------
 
@@ -837,14 +789,13 @@ def autocast(device):
     """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-def try_compile(pretrainer, batch_size, image_size, device):
-    """Compile the loss, restoration and all, into one graph; keep the eager one if that fails."""
-    x = torch.zeros(batch_size, 3, image_size, image_size, device=device)
+def try_compile(args, pretrainer, x):
+    """Compile the loss, restorations and all, into one graph for as many images as x (B, 3, S, S);
+    keep the eager one if that fails."""
     pretrainer.loss_fn = torch.compile(energy_loss, fullgraph=True)
     try:
-        with autocast(device):
-            weight = torch.ones(batch_size, device=device)
-            pretrainer(x, x.clone(), weight).backward()     # x twice would be another graph
+        with autocast(x.device):
+            pretrainer(x, *corrupt_batch(args, pretrainer, x, 0)).backward()
     except torch.OutOfMemoryError:
         raise
     except Exception as error:      # the compiler's errors have no common class
@@ -899,34 +850,41 @@ def log_progress(record, args):
     print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
 
 def corrupt_batch(args, pretrainer, x, step):
-    """Corrupt images; return x_tilde and the images' weights in the loss (B,).
+    """Corrupt images (B, 3, S, S) for a step; return what Pretrainer.forward takes after x:
+    x_tilde, the images' weights (B,), and of the first eighth of them x_s for Eq. (4), or None.
 
-    Several tasks are dealt out in turn, so that every step serves all of them. At first all images
-    are corrupted in full: restoring comes first, and is learned sooner alone. After a share of the
-    run, args.energy_after, some are corrupted in part. Besides its task's weight an image then has
-    1/s, at most 5: errors fall with s^2, and small ones must count as well. One image of
-    args.walk_every, in each task, first goes the walk of Eq. (2) and is trained from its end: there
-    a second walk begins, and no corruption errs the way a restored image does.
-    """
-    tasks, rank = args.task.split(","), process_place()[0]
-    first = step * args.batch_size + rank * len(x)
-    generator = make_generator(x.device, args.seed, step, rank, 1)
-    energy = step > args.energy_after * args.max_steps
-    strength = draw_strengths(len(x), generator, args.full_share if energy else 1.0)
-    x_tilde, weights = torch.empty_like(x), x.new_empty(len(x))
+    Several tasks are dealt out in turn to the images of all processes. Until a share
+    args.rest_after of the run is over, every x_tilde is the full corruption: restoring is learned
+    sooner alone. Then two kinds of images are mixed in, which bring what is nearly clean to rest.
+    A share 1 - args.full_share is corrupted with a strength s = u^2 only, u uniform in [0, 1], and
+    weighs 1/s, at most 5, since squared errors fall with s^2. And one of args.walk_every in each
+    task first goes the walk of Eq. (2), untrained, and is trained from its end: a second walk
+    begins there, and no corruption errs as a restored image does."""
+    tasks, options = args.task.split(","), corruption_options(args)
+    generator = make_generator(x.device, args.seed, step, RANK, 1)
+    first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
     mean_weight = statistics.mean(CORRUPTIONS[task][2] for task in tasks)
+    x_tilde, weights, x_s = torch.empty_like(x), x.new_empty(len(x)), None
     for i in range(min(len(tasks), len(x))):
         task, own = tasks[(first + i) % len(tasks)], slice(i, None, len(tasks))
-        x_tilde[own] = corrupt(x[own], task, generator, strength[own], **corruption_options(args))
+        x_tilde[own] = corrupt(x[own], task, generator, **options)
         weights[own] = CORRUPTIONS[task][2] / mean_weight
-    walking = [i for i in range(len(x))
-               if energy and args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
-    if walking:
-        own = torch.tensor(walking).to(x.device, non_blocking=True)
-        with autocast(x.device):
-            x_tilde[own] = restore(pretrainer.model, x_tilde[own], pretrainer.log_alpha.exp(),
-                                   args.num_steps)[-1]
-    return x_tilde, weights / strength.clamp(min=0.2)
+    def uniform(count):
+        return torch.rand(count, 1, 1, 1, generator=generator, device=x.device)
+    if args.order_weight:
+        some = slice(max(1, len(x) // 8))
+        x_s = torch.lerp(x[some], x_tilde[some], uniform(len(x[some])).clamp(min=0.05))
+    if step > args.rest_after * args.max_steps:
+        s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
+        x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
+        walking = [i for i in range(len(x))
+                   if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
+        if walking:
+            own = torch.tensor(walking).to(x.device, non_blocking=True)
+            with autocast(x.device):
+                x_tilde[own] = restore(pretrainer.model, x_tilde[own], pretrainer.log_alpha.exp(),
+                                       args.num_steps)[-1]
+    return x_tilde, weights, x_s
 
 @contextlib.contextmanager
 def stop_signals(world_size):
@@ -950,14 +908,13 @@ def stop_signals(world_size):
 def train(args, module, optimizers, crops, device, first_step):
     """Take the steps after first_step up to max_steps, logging and saving on the way. module is a
     Pretrainer, or with args.finetune a Classifier."""
-    rank, world_size, _ = process_place()
     # Gradients are averaged in buckets while the backward pass goes on; the usual 25 MiB would hold
     # nearly all of a small network until its end. (Compiled, they come all at once at the end.)
-    wrapped = module if world_size == 1 else DistributedDataParallel(module, bucket_cap_mb=5)
+    wrapped = module if WORLD_SIZE == 1 else DistributedDataParallel(module, bucket_cap_mb=5)
     batches = image_batches(args, crops, device, args.batch_size, range(first_step, args.max_steps),
-                            args.seed, rank, world_size, args.workers)
+                            args.seed, RANK, WORLD_SIZE, args.workers)
     recent, since, images_since = [], time.perf_counter(), 0
-    with stop_signals(world_size) as asked_to_stop:
+    with stop_signals(WORLD_SIZE) as asked_to_stop:
         for step, (x, labels) in enumerate(batches, first_step + 1):    # 1 is the first
             inputs = (labels,) if args.finetune else corrupt_batch(args, module, x, step)
             rate = learning_rate(args, step - 1)
@@ -968,7 +925,7 @@ def train(args, module, optimizers, crops, device, first_step):
             save = step % args.save_every == 0 or step == args.max_steps or stop
             if log or save:
                 loss, norm = check_finite(recent, step)
-            if log and rank == 0:
+            if log and RANK == 0:
                 record = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate,
                           "images_per_second": images_since / (time.perf_counter() - since)}
                 task = args.task.split(",")[step // LOG_EVERY % (args.task.count(",") + 1)]
@@ -977,7 +934,7 @@ def train(args, module, optimizers, crops, device, first_step):
                     **evaluate(module, x, [task], corruption_options(args))[task]}
                 log_progress(record, args)
                 since, images_since = time.perf_counter(), 0
-            if save and rank == 0:
+            if save and RANK == 0:
                 save_checkpoint(args, module, optimizers, step)
             if stop:
                 print0(f"\n{signal.Signals(stop).name}: saved after step {step}; "
@@ -1009,8 +966,7 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def accuracy(self, x, labels, chunk=64):
         self.norm.eval()                        # here the running statistics, not those of a chunk
-        guess = [self.linear(self.norm(self.model.represent(part))).argmax(1)
-                 for part in x.split(chunk)]
+        guess = [self.linear(self.norm(self.model.represent(y))).argmax(1) for y in x.split(chunk)]
         self.norm.train()
         return (torch.cat(guess) == labels).double().mean().item()
 
@@ -1039,7 +995,7 @@ class FusedAttention(Attention):
 
     attend = staticmethod(F.scaled_dot_product_attention)
 
-def eager_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0):
+def eager_loss(energy_fn, x, x_tilde, alpha, *_):
     """Eq. (3) for one step, as one would write it without a thought of torch.compile."""
     x_tilde = x_tilde.detach().requires_grad_() + 0         # FlopCounterMode wants no leaf here
     slope, = torch.autograd.grad(energy_fn(x_tilde).float().sum(), x_tilde, create_graph=True)
@@ -1115,17 +1071,18 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
     ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
     ("--max-steps", int, (1200, None), "optimiser steps, if --epochs does not end before"),
-    ("--batch-size", int, (16, 128 * process_place()[1]), "images per optimiser step, over all "
+    ("--batch-size", int, (16, 128 * WORLD_SIZE), "images per optimiser step, over all "
      "processes; with CUDA 128 for each"),
     ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
     ("--weight-decay", float, 0.05, "of matrices only"),
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
-    ("--energy-after", float, 0.5, "share of the steps that train restoration alone, at first; the "
-     "next two shape the energy after them"),
-    ("--full-share", float, 0.75, "share of images corrupted in full, the others in part"),
-    ("--walk-every", int, 4, "of so many images one is trained where a first walk ends; 0: none"),
+    ("--order-weight", float, 0.002, "weight of Eq. (4), by which clean images lie lowest"),
+    ("--rest-after", float, 0.6, "share of the steps after which the next two bring what is nearly "
+     "clean to rest"),
+    ("--full-share", float, 0.9, "share of images corrupted in full, the others in part"),
+    ("--walk-every", int, 5, "of so many images one is trained where a first walk ends; 0: none"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
     ("--sort-grid", int, 4, "sort: pieces per side"),
@@ -1154,25 +1111,23 @@ def check_args(args):
     def require(holds, name, expected):
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
-    tasks, processes = args.task.split(","), process_place()[1]
-    tasks = [] if args.finetune or args.benchmark else tasks            # they corrupt nothing
+    tasks = [] if args.finetune or args.benchmark else args.task.split(",")  # they corrupt nothing
     require(set(tasks) <= set(TASKS), "task", f"choose from {', '.join(TASKS)}, or all")
     models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
     require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
             "classification model of torchvision")
+    zero_too = ("weight_decay", "warmup_steps", "workers", "seed", "order_weight", "rest_after",
+                "full_share", "walk_every")
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            if name in ("weight_decay", "warmup_steps", "workers", "seed", "energy_after",
-                        "full_share", "walk_every"):
-                require(0 <= value < math.inf, name, "must be 0 or more")
-            else:
-                require(0 < value < math.inf, name, "must be above 0")
+            require(0 < value < math.inf or value == 0 and name in zero_too, name,
+                    "must be 0 or more" if name in zero_too else "must be above 0")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
-    for name in ("energy_after", "full_share"):
+    for name in ("rest_after", "full_share"):
         require(getattr(args, name) <= 1, name, "must be 1 or less")
-    require(args.batch_size % processes == 0, "batch_size",
-            f"must be a multiple of the {processes} processes")
-    require(not args.finetune or args.batch_size > processes, "batch_size",
+    require(args.batch_size % WORLD_SIZE == 0, "batch_size",
+            f"must be a multiple of the {WORLD_SIZE} processes")
+    require(not args.finetune or args.batch_size > WORLD_SIZE, "batch_size",
             "--finetune needs two images or more for each process")
     for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")):
         require(task not in tasks or args.image_size % getattr(args, name) == 0, name,
@@ -1184,14 +1139,13 @@ def check_args(args):
 def parse_args(argv):
     """The whole configuration: what was typed, over that of a checkpoint (all of it if --evaluate,
     the network and its data if --finetune), over the defaults for the device. Raises UserError."""
-    parser = Parser("energy_pretrain.py", description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
     for flag, kind, default, meaning in FLAGS:
         action = {None: {"action": "store_true"}, bool: {"action": argparse.BooleanOptionalAction}}
         if default is not None and kind is not None:
             meaning += f" (default: {'; with CUDA '.join(map(str, default))})" \
                 if isinstance(default, tuple) else f" (default: {default})"
-        parser.add_argument(flag, help=meaning, default=argparse.SUPPRESS,
-                            **action.get(kind, {"type": kind}))
+        parser.add_argument(flag, help=meaning, **action.get(kind, {"type": kind}))
     typed = vars(parser.parse_args(argv))
     on_cuda = typed.get("device", FLAGS[-1][2]).startswith("cuda")
     defaults = {flag[2:].replace("-", "_"): default[on_cuda] if isinstance(default, tuple) else
@@ -1219,10 +1173,10 @@ def build_pretrainer(args, images):
     with the network's own words if it does not take such images or has no second derivative."""
     torch.manual_seed(args.seed)
     try:
-        model = build_model(args.model, args.image_size, args.patch_size).to(images.device)
+        model = build_model(args.model, args.image_size, args.patch_size)
+        pretrainer = Pretrainer(model, args.alpha, args.num_steps, args.order_weight)
         # Batch norm becomes a fixed map of each image: the statistics of one batch, once for all.
-        torch.optim.swa_utils.update_bn([images], model)
-        pretrainer = Pretrainer(model, args.alpha, args.num_steps).to(images.device)
+        torch.optim.swa_utils.update_bn([images], pretrainer.to(images.device).model)
         freeze_unused(pretrainer, images[:2])
     except torch.OutOfMemoryError:
         raise
@@ -1232,29 +1186,27 @@ def build_pretrainer(args, images):
 
 def describe(args, device, pretrainer, crops):
     """Print everything that was resolved."""
-    processes, cuda = process_place()[1], device.type == "cuda"
+    cuda = device.type == "cuda"
     counts = [f"{len(part.source)} images" if part else "drawn as needed" for part in crops]
     print0(f"""\
-device    {torch.cuda.get_device_name(device) if cuda else device}, {processes} process(es), \
+device    {torch.cuda.get_device_name(device) if cuda else device}, {WORLD_SIZE} process(es), \
 {'bfloat16 autocast, TF32' if cuda else 'float32'}, torch {torch.__version__}
 data      {args.data}; to train on: {counts[0]}; held out: {counts[1]}
 model     {args.model}, {sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, \
 {args.image_size} px{', to be compiled' if args.compile and not args.finetune else ''}
 training  {f'classifier from {args.finetune}' if args.finetune else args.task}; {args.max_steps} \
-steps of {args.batch_size} images, {args.batch_size // processes} per process; K = {args.num_steps}
+steps of {args.batch_size} images, {args.batch_size // WORLD_SIZE} per process; K = {args.num_steps}
 output    {args.out}""")
 
 def run(args):
     device = set_up_device(args)
-    rank, processes, _ = process_place()
     *crops, classes = open_data(args)
-    num_images = EPOCH_OF_LANDSCAPES if crops[0] is None else len(crops[0].source)
+    args.num_images = EPOCH_OF_LANDSCAPES if crops[0] is None else len(crops[0].source)
     if args.epochs is not None:
-        limit = max(1, args.epochs * num_images // args.batch_size)
+        limit = max(1, args.epochs * args.num_images // args.batch_size)
         args.max_steps = min(limit, args.max_steps or limit)
     if args.warmup_steps is None:
         args.warmup_steps = args.max_steps // 20
-    args.num_images = num_images            # a resumed run must find as many
     some_images, _ = next(image_batches(args, crops[0], device, 32, [0], seed=-5))
     module = build_pretrainer(args, some_images)
     describe(args, device, module, crops)
@@ -1270,28 +1222,32 @@ def run(args):
         optimizers = build_optimizers(module, args.weight_decay)
         first_step = resume(args, module, optimizers)
         if args.compile and not args.finetune:
-            try_compile(module, args.batch_size // processes, args.image_size, device)
+            size = args.batch_size // WORLD_SIZE, 3, args.image_size, args.image_size
+            try_compile(args, module, torch.zeros(size, device=device))
         train(args, module, optimizers, crops[0], device, first_step)
     metrics = {}
-    if rank == 0:
+    if RANK == 0:
         if args.finetune:
             metrics = {"knn": knn, "accuracy": module.accuracy(*test)}
             print(f"\n{metrics['accuracy']:.1%} of {len(test[0]):,} held-out images are classified "
                   f"right; before training, by a vote of 10 nearest neighbours, {knn:.1%}")
         else:
             images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-2))
-            metrics = report(args, module, images)
-        text = json.dumps(metrics, indent=1).encode()
-        write_file(args, "metrics.json", lambda file: file.write(text))
+            tasks, options = args.task.split(","), corruption_options(args)
+            metrics = evaluate(module, images, tasks, options)
+            print_table(metrics, args.num_steps)
+            picture = draw_picture(module, images[:8], tasks, options)
+            write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
+        write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
     return metrics
 
 def main(argv=None):
-    """Do as the command line says; return {task: {metric: value}}, see `evaluate` and
-    `examine_energy`, after --finetune {"knn", "accuracy"} (under torchrun on rank 0). A mistake of
-    the user's is one line on stderr and SystemExit(2)."""
+    """Do as the command line says; return {task: {metric: value}}, see `evaluate`, after
+    --finetune {"knn", "accuracy"} (under torchrun on rank 0). A mistake of the user's is one line
+    on stderr and SystemExit(2)."""
     try:
         args = parse_args(argv)
         return benchmark(args) if args.benchmark else run(args)

@@ -27,6 +27,7 @@ settings.register_profile("here", derandomize=True, deadline=None, max_examples=
 settings.load_profile("here")
 
 SCRIPT = str(Path(ep.__file__))
+FULL = ["--full-share", "1", "--walk-every", "0"]       # no image is corrupted in part, none walks
 TINY = ["--model", "nano", "--image-size", "16", "--mask-grid", "4", "--batch-size", "4",
         "--max-steps", "4", "--device", "cpu", "--workers", "0"]
 seeds, tasks = st.integers(0, 2**31), st.sampled_from(ep.TASKS)
@@ -167,14 +168,6 @@ def test_remove_color_is_an_idempotent_grey(seed):
                                torch.ones(1, 3, 4, 4))
 
 
-@pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
-def test_draw_strengths_are_one_for_a_share_and_uniform_for_the_rest(share):
-    s = ep.draw_strengths(10_000, ep.make_generator("cpu", 0), share)
-    rest = s[s < 1]
-    assert s.min() >= 0 and s.max() == 1 and abs(1 - len(rest) / len(s) - share) < 0.02
-    assert share == 1 or abs(rest.mean() - 0.5) < 0.02
-
-
 # ---- 3. The energy -----------------------------------------------------------------------------
 
 
@@ -184,6 +177,16 @@ def test_energy_of_an_image_is_independent_of_its_batch(seed, batch):
     alone = torch.cat([model(x[i:i + 1]) for i in range(batch)])
     assert model(x).shape == (batch,)
     torch.testing.assert_close(model(x), alone)
+
+
+@pytest.mark.parametrize("name", ["nano", "resnet18"])
+def test_energies_stay_float32_under_autocast(name):
+    """In bfloat16, with its three digits, neighbouring energies would be one."""
+    model, x = ep.build_model(name, 32), images(0, 2, 32)
+    torch.nn.init.normal_(model.head.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(x).dtype == torch.float32
+        assert not torch.equal(model(x), model(x).bfloat16().float())
 
 
 def test_vit_features_equal_torchvisions_vit_with_the_same_weights():
@@ -206,7 +209,8 @@ def test_vit_features_equal_torchvisions_vit_with_the_same_weights():
     assert all("heads" in name for name in missing) and not unexpected
     other.heads = torch.nn.Identity()
     x = images(0, dtype=torch.float64)
-    torch.testing.assert_close(model.features(x)[:, 0], other(x))
+    torch.testing.assert_close(model.encode(model.embed(x))[:, 0], other(x))
+    torch.testing.assert_close(model.represent(x), model.encode(model.embed(x))[:, 1:].mean(1))
 
 
 def test_vit_names_and_shapes_are_timms():
@@ -234,7 +238,7 @@ def test_vit_refuses_an_image_size_that_patches_do_not_fill():
 def test_torchvision_networks_train_through_their_gradient(name, frozen):
     torch.manual_seed(0)
     pretrainer = ep.Pretrainer(ep.build_model(name, 32))
-    unused = ep.freeze_unused(pretrainer, images(0, 2, 32))
+    ep.freeze_unused(pretrainer, images(0, 2, 32))
     trained = [p for p in pretrainer.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1.0)
     for _ in range(2):      # the first step only moves the head away from zero
@@ -245,7 +249,8 @@ def test_torchvision_networks_train_through_their_gradient(name, frozen):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
     # in a ReLU network dE/dx depends on a bias only where a unit switches: a derivative of zero
     assert sum(bool(p.grad.any()) for p in trained) > 0.6 * len(trained)
-    assert unused == ["model." + name for name in frozen]
+    assert [n for n, p in pretrainer.named_parameters() if not p.requires_grad] == [
+        "model." + name for name in frozen]
     keys = ep.backbone_state(pretrainer.model).keys()
     assert not any(key.startswith(("fc.", "head", "classifier.2")) for key in keys)
     assert torchvision.models.get_model(name, **{"image_size": 32} if "vit" in name else {}
@@ -303,10 +308,41 @@ def test_the_loss_is_a_mean_of_the_images_losses_by_their_weights():
                                rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("curvature, alpha, missing", [
+    (1, 1, 0), (0.25, 1, 0), (0.1, 1, 0.15), (0.1, 2, 0.05), (0, 1, 0.25), (-1, 1, 1.25)])
+def test_order_loss_is_the_missing_share_of_the_rise(curvature, alpha, missing):
+    """Clean is x = 0; with E = |x|^2 / 2 and alpha = 1 every step would be perfect."""
+    x = torch.zeros(3, 3, 16, 16)
+    def energy(y):
+        return curvature * y.square().flatten(1).sum(1) / 2
+    assert ep.order_loss(energy, x, images(0), alpha).item() == pytest.approx(missing, abs=1e-5)
+
+
+def test_order_loss_passes_over_images_that_their_corruption_leaves_as_they_are():
+    model, x = tiny_vit(), images(0)
+    loss = ep.order_loss(model, x, x + torch.tensor([0, 0, 1e-4]).view(3, 1, 1, 1), 1.0)
+    loss.backward()
+    assert loss < 1e-3 and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_loss_adds_the_order_of_the_first_images_and_leaves_alpha_to_restoration():
+    x, x_tilde, x_s = images(0), images(1), images(2, 2)
+    flat = tiny_vit(head=False)             # no order at all: a quarter is missing
+    assert ep.Pretrainer(flat, order_weight=4.0)(x, x, x_s=x_s).item() == pytest.approx(1.0)
+    pretrainer, slopes, losses = ep.Pretrainer(tiny_vit(), 2.0, order_weight=3.0), [], []
+    for way in (None, x_s):
+        losses.append(pretrainer(x, x_tilde, x_s=way))
+        slopes.append(torch.autograd.grad(losses[-1], pretrainer.log_alpha)[0])
+    expected = ep.order_loss(pretrainer.model, x[:2], x_s, 2.0)
+    torch.testing.assert_close(losses[1] - losses[0], 3 * expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(*slopes)
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_every_trainable_parameter_gets_a_gradient_and_the_frozen_are_known(head):
     pretrainer = ep.Pretrainer(tiny_vit(head=head))
-    assert ep.freeze_unused(pretrainer, images(0)) == []
+    ep.freeze_unused(pretrainer, images(0))
+    assert all(p.requires_grad and p.grad is None for p in pretrainer.parameters())
     pretrainer(images(0), images(1)).backward()
     missing = [n for n, p in pretrainer.named_parameters() if p.requires_grad and p.grad is None]
     assert not missing
@@ -529,10 +565,10 @@ def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
 
 
 def test_corrupt_batch_draws_anew_for_every_step_and_process(monkeypatch):
-    args = ep.parse_args([*TINY, "--task", "mim,denoise", "--walk-every", "0"])
+    args = ep.parse_args([*TINY, "--task", "mim,denoise", *FULL])
     x, drawn = images(0, 4), set()
     for rank in (0, 1):
-        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setattr(ep, "RANK", rank)
         for step in range(8):
             drawn.add(ep.corrupt_batch(args, None, x, step)[0].double().sum().item())
     assert len(drawn) == 16
@@ -540,60 +576,90 @@ def test_corrupt_batch_draws_anew_for_every_step_and_process(monkeypatch):
 
 @given(st.integers(0, 30), st.sampled_from([1, 2, 4, 8]))
 def test_corrupt_batch_deals_the_tasks_in_turn_over_all_processes(step, processes):
-    args = ep.parse_args([*TINY, "--task", "color,denoise,mim", "--batch-size", "8",
-                          "--full-share", "1", "--walk-every", "0"])
-    x, part = images(0, 8).clamp(0.1, 1), 8 // processes
+    args = ep.parse_args([*TINY, "--task", "color,denoise,mim", "--batch-size", "8", *FULL])
+    x, part, turns = images(0, 8).clamp(0.1, 1), 8 // processes, []
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(processes):
-            patch.setenv("RANK", str(rank))
-            x_tilde, weight = ep.corrupt_batch(args, None, x[rank * part:][:part], step)
+            patch.setattr(ep, "RANK", rank)
+            x_tilde, weight, _ = ep.corrupt_batch(args, None, x[rank * part:][:part], step)
             assert x_tilde.shape == (part, 3, 16, 16) and weight.shape == (part,)
             for i, image in enumerate(x_tilde):
                 grey, holes = torch.equal(image[0], image[1]), (image == 0).any().item()
-                turn = (8 * step + rank * part + i) % 3
-                assert (grey, holes) == [(True, False), (False, False), (False, True)][turn]
-                assert weight[i] == pytest.approx((1.5, 0.75, 0.75)[turn])  # 4, 2, 2 by their mean
+                turns.append([(True, False), (False, False), (False, True)].index((grey, holes)))
+                assert weight[i] == pytest.approx((1.5, 0.75, 0.75)[turns[-1]])
+    assert turns == [(turns[0] + i) % 3 for i in range(8)]      # 4, 2, 2 by their mean, above
 
 
-def test_images_corrupted_in_part_weigh_more_by_what_their_strength_lacks(monkeypatch):
-    strengths = torch.tensor([1.0, 0.5, 0.25, 0.2, 0.1, 0.0])
-    monkeypatch.setattr(ep, "draw_strengths", lambda *_: strengths)
-    args = ep.parse_args([*TINY, "--task", "denoise", "--walk-every", "0", "--energy-after", "0"])
-    _, weights = ep.corrupt_batch(args, None, images(0, 6), 1)
-    torch.testing.assert_close(weights, torch.tensor([1.0, 2, 4, 5, 5, 5]))
+def test_every_task_comes_first_at_times():
+    args = ep.parse_args([*TINY, *FULL, "--task", "color,denoise,mim,sort,sr", "--batch-size", "5"])
+    x = images(0, 5).clamp(0.1, 1)
+    firsts = [ep.corrupt_batch(args, None, x, step)[0][0] for step in range(40)]
+    grey = sum(torch.equal(image[0], image[1]) for image in firsts)
+    assert 2 <= grey <= 16, grey
 
 
-def test_restoration_alone_is_trained_first_and_the_energy_after():
-    flags = [*TINY, "--task", "denoise,sr", "--batch-size", "8", "--max-steps", "8"]
-    both, never, always = (ep.parse_args([*flags, "--energy-after", *rest]) for rest in (
-        ["0.25"], ["0", "--full-share", "1", "--walk-every", "0"], ["0"]))
+@pytest.mark.parametrize("batch, count", [(4, 1), (8, 1), (24, 3)])
+def test_the_order_is_asked_for_along_the_way_of_the_first_eighth(batch, count):
+    args = ep.parse_args([*TINY, "--task", "denoise", *FULL])
+    x, strengths = images(0, batch), []
+    for step in range(1, 200):
+        x_tilde, _, x_s = ep.corrupt_batch(args, None, x, step)
+        assert len(x_s) == count
+        way = (x_tilde - x)[:count]
+        s = ((x_s - x[:count]) * way).flatten(1).sum(1) / way.square().flatten(1).sum(1)
+        torch.testing.assert_close(x_s, x[:count] + s.view(-1, 1, 1, 1) * way)
+        strengths += s.tolist()
+    strengths = torch.tensor(strengths)
+    assert strengths.min() >= 0 and strengths.max() <= 1 and abs(strengths.mean() - 0.5) < 0.08
+    assert ep.corrupt_batch(ep.parse_args([*TINY, "--order-weight", "0"]), None, x, 1)[2] is None
+
+
+def test_images_corrupted_in_part_weigh_more_by_what_their_strength_lacks():
+    x = images(0, 200)
+    full, part = (ep.corrupt_batch(ep.parse_args(
+        [*TINY, "--task", "denoise", "--walk-every", "0", "--full-share", "0.4", "--rest-after",
+         after]), None, x, 1) for after in ("1", "0"))
+    s = (part[0] - x).flatten(1).norm(dim=1) / (full[0] - x).flatten(1).norm(dim=1)
+    torch.testing.assert_close(part[0], torch.lerp(x, full[0], s.view(-1, 1, 1, 1)))
+    torch.testing.assert_close(part[1], 1 / s.clamp(min=0.2), rtol=1e-4, atol=1e-4)
+    rest = s[s < 0.9999]
+    assert abs(len(rest) / 200 - 0.6) < 0.1 and abs(rest.mean() - 1 / 3) < 0.1     # squares
+
+
+def test_restoration_alone_is_trained_first_and_rest_after_it():
+    flags = [*TINY, "--task", "denoise,sr", "--batch-size", "8", "--max-steps", "8",
+             "--full-share", "0.5"]
+    both, never, always = (ep.parse_args([*flags, "--rest-after", *rest]) for rest in (
+        ["0.25"], ["0", *FULL], ["0"]))
     pretrainer, x = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8)
     for step in range(1, 9):
-        (given, weights), *others = (ep.corrupt_batch(args, pretrainer, x, step)
-                                     for args in (both, never, always))
-        expected, expected_weights = others[step > 2]
+        (given, weights, _), *others = (ep.corrupt_batch(args, pretrainer, x, step)
+                                        for args in (both, never, always))
+        expected, expected_weights, _ = others[step > 2]
         assert torch.equal(given, expected) and torch.equal(weights, expected_weights), step
         assert not torch.equal(others[0][0], others[1][0]), step
 
 
 @settings(max_examples=10)
-@given(st.integers(1, 30), st.sampled_from([1, 2, 4]), st.integers(1, 9))
+@given(st.integers(1, 30), st.sampled_from([1, 2, 4]), st.integers(1, 4))
 def test_one_of_so_many_images_in_each_task_is_trained_where_a_walk_ends(step, processes, every):
     still, walking = (ep.parse_args([*TINY, "--task", "mim,sr", "--batch-size", "8", "--num-steps",
-                                     "2", "--energy-after", "0", "--walk-every", str(n)])
+                                     "2", "--rest-after", "0", "--walk-every", str(n)])
                       for n in (0, every))
-    pretrainer, x, part = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8), 8 // processes
+    pretrainer, x, part, walked = ep.Pretrainer(tiny_vit(), 3.0), images(0, 8), 8 // processes, []
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(processes):
-            patch.setenv("RANK", str(rank))
-            start, walked = (ep.corrupt_batch(args, pretrainer, x[rank * part:][:part], step)[0]
-                             for args in (still, walking))
-            assert not walked.requires_grad
+            patch.setattr(ep, "RANK", rank)
+            start, given = (ep.corrupt_batch(args, pretrainer, x[rank * part:][:part], step)[0]
+                            for args in (still, walking))
+            assert not given.requires_grad
             end = ep.restore(pretrainer.model, start, 3.0, 2)[-1]
             assert (end != start).flatten(1).any(1).all()
-            turns = [(8 * step + rank * part + i) // 2 % every == 0 for i in range(part)]
-            expected = torch.where(torch.tensor(turns).view(-1, 1, 1, 1), end, start)
-            torch.testing.assert_close(walked, expected)
+            for i in range(part):
+                walked.append(not torch.equal(given[i], start[i]))
+                torch.testing.assert_close(given[i], (end if walked[-1] else start)[i])
+    for i in range(9 - 2 * every):                          # two tasks in turn, one image of each
+        assert sum(walked[i:i + 2 * every:2]) == sum(walked[i + 1:i + 2 * every:2]) == 1, walked
 
 
 def test_one_compilation_serves_all_tasks(tmp_path, monkeypatch):
@@ -657,40 +723,45 @@ def test_command_line_end_to_end(tmp_path, capsys):
     assert ep.main(["--evaluate", "--device", "cpu", "--out", str(out)]) == metrics
 
 
-def test_evaluate_measures_what_it_says():
+def bowl(energy):
+    """A Pretrainer at alpha = 1 whose energy is this function of |x|^2 / 2."""
+    pretrainer = ep.Pretrainer(tiny_vit(), 1.0)
+    pretrainer.model = torch.nn.Module()
+    pretrainer.model.forward = lambda x: energy(x.square().flatten(1).sum(1) / 2)
+    return pretrainer
+
+
+def test_evaluate_measures_restoration():
     """With E = 0 the walk stays where it is; with E = |x|^2 / 2 and alpha = 1 it ends at zero."""
     x, options = images(0, 6), {"mask_grid": 4}
     still = ep.Pretrainer(tiny_vit(head=False), 1.0)
     row = ep.evaluate(still, x, ["mim"], options, chunk=4)["mim"]
     assert row["psnr_restored"][0] == row["psnr_corrupted"] and row["order"] == row["descent"] == 0
     assert row["psnr_corrupted_hidden"] == pytest.approx(row["psnr_corrupted"] - 3.0103, abs=1e-3)
-    bowl = ep.Pretrainer(tiny_vit(), 1.0)
-    bowl.model = torch.nn.Module()
-    bowl.model.forward = lambda x: x.square().flatten(1).sum(1) / 2
-    row = ep.evaluate(bowl, x, ["denoise"], {"noise_std": 2.0})["denoise"]
+    row = ep.evaluate(bowl(lambda e: e), x, ["denoise"], {"noise_std": 2.0})["denoise"]
     assert row["psnr_restored"][0] == pytest.approx(ep.psnr(x.square().mean().item()))
     assert row["energy_restored"] == 0 and row["order"] == 1 and row["descent"] == 1
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_examine_energy_measures_what_it_says(sign):
-    """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer at alpha = 1;
-    or minus it."""
-    bowl = ep.Pretrainer(tiny_vit(), 1.0)
-    bowl.model = torch.nn.Module()
-    bowl.model.forward = lambda x: sign * x.square().flatten(1).sum(1) / 2
-    row = ep.examine_energy(bowl, torch.zeros(70, 3, 16, 16), "denoise", {"noise_std": 2.0})
-    assert row["auroc"] == row["order_quarter"] == (sign == 1)
+def test_evaluate_measures_whether_low_energy_means_data(sign):
+    """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer; or minus it."""
+    row = ep.evaluate(bowl(lambda e: sign * e), torch.zeros(70, 3, 16, 16), ["denoise"],
+                      {"noise_std": 2.0})["denoise"]
+    assert row["auroc"] == row["order"] == row["order_quarter"] == (sign == 1)
     assert row["rank_correlation"] == pytest.approx(sign) and row["slope"] == pytest.approx(sign)
     before, after = row["psnr_quarter"]
     assert row["psnr_clean"] > 100 and before == pytest.approx(ep.psnr(0.25), abs=0.1)
     assert after > 100 if sign == 1 else after == pytest.approx(ep.psnr(1.0), abs=0.1)
 
 
-def test_examine_energy_passes_over_images_without_colour():
+def test_evaluate_passes_over_images_without_colour():
     x = images(0, 6)
     x[:2] = corrupted(x, "color", 0)[:2]
-    assert abs(ep.examine_energy(ep.Pretrainer(tiny_vit()), x, "color", {})["slope"]) < 1e6
+    row = ep.evaluate(ep.Pretrainer(tiny_vit()), x, ["color"], {})["color"]
+    assert abs(row["slope"]) < 1e6
+    assert ep.evaluate(ep.Pretrainer(tiny_vit()), x[2:3], ["color"], {})["color"][
+        "rank_correlation"] == 0            # of a single image: not NaN, which JSON has not
 
 
 @pytest.mark.parametrize("data", ["procedural", "folder"])
@@ -721,12 +792,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(SCRI
 
 def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch):
     shared, stores = torch.distributed.HashStore(), []
+    monkeypatch.setattr(ep, "WORLD_SIZE", 2)
     monkeypatch.setattr(ep.dist, "rendezvous", lambda url: iter([(shared, 0, 2)]))
     monkeypatch.setattr(ep.dist, "init_process_group", lambda *a, store, **k: stores.append(store))
     for attempt, local in (("0", "2"), ("1", "2"), ("1", "1")):     # the last on two machines
-        for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", local),
-                            ("TORCHELASTIC_RESTART_COUNT", attempt)):
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         ep.set_up_device(argparse.Namespace(device="cpu"))
     stores[0].set("address", "old")
     assert stores[0].check(["address"]) and not stores[1].check(["address"]) and stores[2] is shared
@@ -739,7 +810,8 @@ def test_two_processes_one_of_them_killed_equal_one(tmp_path):
     (tmp_path / "images").mkdir()
     for i, x in enumerate(images(0, 9, 32)):
         torchvision.utils.save_image(x, tmp_path / "images" / f"{i}.png", normalize=True)
-    base = [*TINY, "--task", "sr", "--full-share", "1", "--data", str(tmp_path / "images"), "--out"]
+    base = [*TINY, "--task", "sr", "--full-share", "1", "--order-weight", "0",
+            "--data", str(tmp_path / "images"), "--out"]
     (tmp_path / "killed.py").write_text(
         "import os, sys, energy_pretrain as ep; "
         "step, saved = ep.train_step, sys.argv[-1] + '/checkpoint.pt'\n"
@@ -785,7 +857,7 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide some of the 16 blocks and leave some"),
     (["--mask-ratio", "0.99"], "--mask-ratio 0.99: must hide some of the 16 blocks and leave some"),
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
-    (["--energy-after", "2"], "--energy-after 2.0: must be 1 or less"),
+    (["--rest-after", "2"], "--rest-after 2.0: must be 1 or less"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "0"], "--epochs 0: must be above 0"),
     (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two images"),
@@ -940,7 +1012,7 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path, task, gai
         ranks = torch.stack([values.argsort().argsort().double() for values in (rise, distance)])
         assert torch.corrcoef(ranks)[0, 1] > 0.9, torch.corrcoef(ranks)
         slope = (2 * alpha * rise / distance).median().item()
-        assert 0.4 < slope < 1.2, slope
+        assert 0.25 < slope < 1.2, slope
 
 
 def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, capsys, monkeypatch):
