@@ -851,7 +851,8 @@ def log_progress(record, args):
 
 def corrupt_batch(args, pretrainer, x, step):
     """Corrupt images (B, 3, S, S) for a step; return what Pretrainer.forward takes after x:
-    x_tilde, the images' weights (B,), and of the first eighth of them x_s for Eq. (4), or None.
+    x_tilde, the images' weights (B,), and of the first eighth of them x_s for Eq. (4), with s drawn
+    from [0, 1] but 1/20 at least, or None.
 
     Several tasks are dealt out in turn to the images of all processes. Until a share
     args.rest_after of the run is over, every x_tilde is the full corruption: restoring is learned
