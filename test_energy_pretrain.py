@@ -227,6 +227,27 @@ def test_vit_names_and_shapes_are_timms():
     assert state == expected
 
 
+def test_patches_attend_to_their_neighbours_from_the_start():
+    torch.manual_seed(0)
+    model = ep.build_model("nano", 32)
+    place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
+    distance = torch.cdist(place, place)                                        # (N, N)
+    position = model.pos_embed.detach()[0, 1:] / 0.6                            # (N, D)
+    alike = position @ position.T / position.shape[1]
+    assert (alike - (-(0.7 * distance)**2 / 2).exp()).abs().mean() < 0.1
+    seen = []
+    for block in model.blocks:
+        def attend(q, k, v, block=block):
+            seen.append((q @ k.transpose(2, 3) / q.shape[3]**0.5).softmax(3)[:, :, 1:, 1:].mean(1))
+            return type(block.attn).attend(block.attn, q, k, v)
+        block.attn.attend = attend
+    model(images(0, 8, 32))
+    near, far = distance == 1, distance >= 3
+    for depth, weights in enumerate(seen):                                      # (B, N, N) each
+        ratio = (weights[:, near].mean() / weights[:, far].mean()).item()
+        assert ratio > 1.5, f"block {depth}: a neighbour gets {ratio:.2f} times a far one's weight"
+
+
 def test_vit_refuses_an_image_size_that_patches_do_not_fill():
     with pytest.raises(ValueError, match="divisible"):
         ep.ViT(30, 4)
@@ -1137,7 +1158,7 @@ def test_fused_attention_computes_the_same():
     torch.manual_seed(0)
     attention, x = ep.Attention(16, 2), torch.randn(2, 5, 16)
     expected = attention(x)
-    attention.__class__ = ep.FusedAttention
+    attention.attend = torch.nn.functional.scaled_dot_product_attention
     torch.testing.assert_close(attention(x), expected)
 
 
@@ -1145,7 +1166,7 @@ def test_benchmark_supervises_with_fused_attention_but_counts_without(monkeypatc
     count, counted = ep.FlopCounterMode.get_total_flops, []     # it knows not all fused kernels
     monkeypatch.setattr(ep.FlopCounterMode, "get_total_flops",
                         lambda self: counted.append(count(self)) or counted[-1])
-    monkeypatch.setattr(ep.FusedAttention, "attend", lambda self, q, k, v: 1 / 0)
+    monkeypatch.setattr(ep.F, "scaled_dot_product_attention", lambda q, k, v: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         ep.main([*TINY, "--benchmark"])
     assert len(counted) == 3 and all(counted)
