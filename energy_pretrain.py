@@ -109,8 +109,7 @@ def shuffle_patches(x, generator, sort_grid=4):
     patch = x.shape[2] // sort_grid
     pieces = patchify(x, patch)                                                 # (B, M, C*P*P)
     order = torch.rand(pieces.shape[:2], generator=generator, device=x.device).argsort(1)
-    pieces = pieces.gather(1, order.unsqueeze(2).expand_as(pieces))
-    return unpatchify(pieces, patch, x.shape[2])
+    return unpatchify(pieces.gather(1, order.unsqueeze(2).expand_as(pieces)), patch, x.shape[2])
 
 def lower_resolution(x, generator, sr_factor=4):
     """Super-resolution: average squares of sr_factor pixels, then enlarge back bilinearly."""
@@ -191,12 +190,12 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Vision Transformer whose forward pass is the energy of Eq. (1): (B, 3, H, W) -> (B,).
 
-    The read-out compares each patch as it came in, embedded, p_n, with what the last layer, which
-    has seen all the others, says in its place, z_n: E(x) = 1/N sum_n sum_d w_d p_nd z_nd. Where a
-    patch differs from what the others let expect, the energy slopes towards the expected: this
-    first term of the gradient is there whatever the layers below carry back. (With all five tasks,
-    reading the mean token alone took three times as many steps.) The D weights w start at zero,
-    where E has no gradient, so restoration begins as the identity. The class token is not read."""
+    The read-out multiplies each patch as it came in, embedded, p_n, with what the last layer, which
+    has seen all patches, puts in its place, z_n: E(x) = 1/N sum_n sum_d v_d p_nd z_nd. So dE/dp_n
+    has a direct term v_d z_nd / N: the last layer can say which way patch n should move, whatever
+    the layers below carry back. (With all five tasks, reading the mean token alone took three times
+    as many steps to restore as well.) The D weights v start at zero, where dE/dx = 0, so
+    restoration begins as the identity. The class token is not read."""
 
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=4, num_heads=3):
         super().__init__()
@@ -219,14 +218,14 @@ class ViT(nn.Module):
 
     @torch.no_grad()
     def look_around(self):
-        """Let patches attend to their neighbours from the start, where most of what is missing can
-        be seen. (With all tasks, 600 steps then filled in hidden pixels better than 1,200 without.)
-        Positions begin as waves of random frequency and phase, whose inner product falls with the
-        distance d, in patches, like exp(-(0.7 d)^2 / 2) (random Fourier features: Rahimi and Recht,
-        NeurIPS 2007). Keys begin equal to queries, so that like attends to like (cf. Trockman and
-        Kolter, ICML 2023)."""
+        """Let patches attend to their neighbours from the start; most of what is missing can be
+        seen there. (With all tasks, 600 steps then filled in hidden pixels better than 1,200
+        without.) Positions begin as waves of random frequency and phase, whose inner product falls
+        with the distance d, in patches, like exp(-(0.7 d)^2 / 2) (random Fourier features: Rahimi
+        and Recht, NeurIPS 2007). Keys begin equal to queries, so that like attends to like (cf.
+        Trockman and Kolter, ICML 2023). 0.6 and 0.7 are by trial."""
         nn.init.normal_(self.cls_token, std=0.6)
-        dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1])
+        dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1])    # of N + 1
         place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)          # (N, 2)
         waves = torch.cos(place @ (0.7 * torch.randn(2, dim)) + 2 * math.pi * torch.rand(dim))
         self.pos_embed[0, 1:] = 0.6 * math.sqrt(2) * waves      # of root mean square 0.6
@@ -324,26 +323,26 @@ def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     return torch.stack(walk[1:])
 
 def order_loss(energy_fn, x, x_s, alpha):
-    """Eq. (4), a scalar: energies should rise along the way x_s = x + s (x_tilde - x), s in [0, 1].
+    """Eq. (4), a scalar: what is corrupted, x_s = x + s (x_tilde - x), should lie higher than x.
 
-    Restoring alone ties no energy to any other. But let x_hat_t be where one step from x_t lands:
-    dE/dx(x_t) = (x_t - x_hat_t) / alpha. Along the way these slopes add up to
+    Restoring x_tilde alone sets the slope there, not along the way. Let x_hat_t be where one step
+    from x_t lands: dE/dx(x_t) = (x_t - x_hat_t) / alpha. Along the way these slopes add up to
         E(x_s) - E(x) = 1/alpha integral_0^s (x_t - x_hat_t) . (x_tilde - x) dt,
     which is |x_s - x|^2 / (2 alpha) if all land on x. Real steps fall short, so a quarter of this
-    ideal is asked for. The loss is what is missing, as a share of the ideal; where that is small,
-    |x_s - x|^2 < 1, an image counts less."""
+    ideal is asked for. The loss is what is missing, as a share of the ideal, averaged over images;
+    where the ideal is small, |x_s - x|^2 < 1, summed over pixels, an image counts less."""
     ideal = (x_s - x).square().flatten(1).sum(1) / 2                            # (B,)
     above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
-    rise = alpha * (above - below)
-    return (F.relu(ideal / 4 - rise) / ideal.clamp(min=0.5)).mean()             # Eq. (4)
+    return (F.relu(ideal / 4 - alpha * (above - below)) / ideal.clamp(min=0.5)).mean()  # Eq. (4)
 
 def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None, order_weight=0.0):
     """Eq. (3), the mean over K steps of smooth_l1(x_k, x), plus order_weight, w, times Eq. (4): a
-    scalar to be trained through. smooth_l1 of a difference d is d^2 / 2 where |d| < 1, half of the
-    pixel range; beyond, linear.
+    scalar to be trained through. smooth_l1 of a difference d is d^2 / 2 where |d| < 1 (half of the
+    pixel range), linear beyond.
 
-    weight: of each image in (3), a number or (B,). x_s: the first len(x_s) of the images, partly
-    corrupted, for (4); None leaves it out. alpha, then a tensor, and K as in `restore`."""
+    weight: of each image in (3), a number or (B,). x_s: the first len(x_s) of the images, corrupted
+    with strengths of their own, for (4); None leaves it out. alpha (a tensor if x_s is given) and K
+    as in `restore`."""
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
     loss = (error.flatten(2).mean(2) * weight).mean()
@@ -867,16 +866,16 @@ def log_progress(record, args):
 
 def corrupt_batch(args, pretrainer, x, step):
     """Corrupt images (B, 3, S, S) for a step; return what Pretrainer.forward takes after x:
-    x_tilde, the images' weights (B,), and of the first eighth of them x_s for Eq. (4), with s drawn
-    from [0, 1] but 1/20 at least, or None.
+    x_tilde, the images' weights (B,), and for Eq. (4) x_s of the first eighth of the images, s
+    uniform but at least 1/20 (None without args.order_weight).
 
     Several tasks are dealt out in turn to the images of all processes. Until a share
     args.rest_after of the run is over, every x_tilde is the full corruption: restoring is learned
     sooner alone. Then two kinds of images are mixed in, which bring what is nearly clean to rest.
     A share 1 - args.full_share is corrupted with a strength s = u^2 only, u uniform in [0, 1], and
-    weighs 1/s, at most 5, since squared errors fall with s^2. And one of args.walk_every in each
-    task first goes the walk of Eq. (2), untrained, and is trained from its end: a second walk
-    begins there, and no corruption errs as a restored image does."""
+    weighs 1/s, at most 5: a compromise, as squared errors fall with s^2. And one of args.walk_every
+    in each task first goes the walk of Eq. (2), untrained, and is trained from its end: a second
+    walk begins there, and no corruption errs as a restored image does."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
     first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
