@@ -22,10 +22,10 @@ shuffling, shrinking and greying are other ways to leave the data; the same walk
 
 Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss.
 The plumbing: 5 processes, 6 data, 7 optimiser, 8 files and checkpoints, 9 evaluation, 10 training,
-11 use of the weights, 12 benchmark, 13 command line. Letters: B images, C channels, H W pixels, P
-patch side, N patches, T tokens, D width, h heads, M of anything else, K restoration steps
-(`num_steps`; `step` alone is the optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low
-energy is data; mask 1 is hidden; pixels lie in [-1, 1].
+11 use of the weights, 12 benchmark, 13 command line. Letters: B images, C channels, H W pixels (S
+by S if square), P patch side, N patches, T tokens, D width, h heads, M of anything else, K
+restoration steps (`num_steps`; the variable `step` is the optimiser's). x is clean, x_tilde
+corrupted, x_hat restored. Low energy is data; mask 1 is hidden; pixels lie in [-1, 1].
 
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
 ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
@@ -353,8 +353,8 @@ def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None,
 
 class Pretrainer(nn.Module):
     """The energy, its step size, the walk and the loss in one module, as DistributedDataParallel
-    averages gradients after one forward call. alpha is large, since E is a mean over patches and
-    dE/dx small; it is learned as a logarithm: always positive, changed by factors."""
+    averages gradients after one forward call. alpha is large, since a ViT's E is a mean over patches,
+    so that dE/dx is small; it is learned as a logarithm: always positive, changed by factors."""
 
     def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.002):
         super().__init__()
