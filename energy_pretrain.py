@@ -353,7 +353,7 @@ def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None,
 
 class Pretrainer(nn.Module):
     """The energy, its step size, the walk and the loss in one module, as DistributedDataParallel
-    averages gradients after one forward call. alpha is large, since a ViT's E is a mean over patches,
+    averages gradients after one forward call. alpha is large, as a ViT's E is a mean over patches,
     so that dE/dx is small; it is learned as a logarithm: always positive, changed by factors."""
 
     def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.002):
