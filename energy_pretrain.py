@@ -201,7 +201,6 @@ class ViT(nn.Module):
         super().__init__()
         if image_size % patch_size:
             raise ValueError(f"image size {image_size} is not divisible by patch size {patch_size}")
-        self.patch_size = patch_size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
@@ -222,21 +221,24 @@ class ViT(nn.Module):
         seen there. (With all tasks, 600 steps then filled in hidden pixels better than 1,200
         without.) Positions begin as waves of random frequency and phase, whose inner product falls
         with the distance d, in patches, like exp(-(0.7 d)^2 / 2) (random Fourier features: Rahimi
-        and Recht, NeurIPS 2007). Keys begin equal to queries, so that like attends to like (cf.
-        Trockman and Kolter, ICML 2023). 0.6 and 0.7 are by trial."""
+        and Recht, NeurIPS 2007). 0.6 and 0.7 are by trial. Attention begins as it ends in trained
+        networks (Trockman and Kolter, ICML 2023): keys equal queries, so that like attends to like,
+        and the projection is the values' own, transposed, with the sign turned, so that what a
+        patch sees is taken away from it: what it shares with its neighbours fades."""
         nn.init.normal_(self.cls_token, std=0.6)
         dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1])    # of N + 1
         place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)          # (N, 2)
         waves = torch.cos(place @ (0.7 * torch.randn(2, dim)) + 2 * math.pi * torch.rand(dim))
         self.pos_embed[0, 1:] = 0.6 * math.sqrt(2) * waves      # of root mean square 0.6
         for block in self.blocks:
-            query, key, _ = block.attn.qkv.weight.chunk(3)                      # (D, D) each
+            query, key, value = block.attn.qkv.weight.chunk(3)                  # (D, D) each
             key.copy_(query)
+            block.attn.proj.weight.copy_(-value.T)
 
     def embed(self, x):
         """What every patch is, on its own: images (B, 3, H, W) -> (B, N, D)."""
         proj = self.patch_embed.proj    # a convolution with stride P: one linear map of each patch
-        return F.linear(patchify(x, self.patch_size), proj.weight.flatten(1), proj.bias)
+        return F.linear(patchify(x, proj.stride[0]), proj.weight.flatten(1), proj.bias)
 
     def encode(self, patches):
         """What the network makes of them: (B, N, D) -> tokens (B, N+1, D), class token first."""
@@ -622,7 +624,7 @@ def build_optimizers(module, weight_decay):
     groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)]
     if inner:       # a ResNet has none
-        optimizers.append(torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay,
+        optimizers.append(torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay, momentum=0.9,
                                            adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
@@ -816,7 +818,6 @@ def try_compile(args, pretrainer, x):
     except Exception as error:      # the compiler's errors have no common class
         pretrainer.loss_fn = energy_loss
         print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)
-    pretrainer.zero_grad(set_to_none=True)
 
 def train_step(module, optimizers, inputs, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
@@ -869,13 +870,12 @@ def corrupt_batch(args, pretrainer, x, step):
     x_tilde, the images' weights (B,), and for Eq. (4) x_s of the first eighth of the images, s
     uniform but at least 1/20 (None without args.order_weight).
 
-    Several tasks are dealt out in turn to the images of all processes. Until a share
-    args.rest_after of the run is over, every x_tilde is the full corruption: restoring is learned
-    sooner alone. Then two kinds of images are mixed in, which bring what is nearly clean to rest.
-    A share 1 - args.full_share is corrupted with a strength s = u^2 only, u uniform in [0, 1], and
-    weighs 1/s, at most 5: a compromise, as squared errors fall with s^2. And one of args.walk_every
-    in each task first goes the walk of Eq. (2), untrained, and is trained from its end: a second
-    walk begins there, and no corruption errs as a restored image does."""
+    Several tasks are dealt out in turn to the images of all processes. Two kinds of images bring to
+    rest what is nearly clean. A share 1 - args.full_share is corrupted with a strength s = u^2
+    only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared errors fall with
+    s^2. And when a share args.walk_after of the run is over, one of args.walk_every in each task
+    first goes the walk of Eq. (2), untrained, and is trained from its end: a second walk begins
+    there, and no corruption errs as a restored image does."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
     first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
@@ -890,16 +890,15 @@ def corrupt_batch(args, pretrainer, x, step):
     if args.order_weight:
         some = slice(max(1, len(x) // 8))
         x_s = torch.lerp(x[some], x_tilde[some], uniform(len(x[some])).clamp(min=0.05))
-    if step > args.rest_after * args.max_steps:
-        s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
-        x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
-        walking = [i for i in range(len(x))
-                   if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
-        if walking:
-            own = torch.tensor(walking).to(x.device, non_blocking=True)
-            with autocast(x.device):
-                x_tilde[own] = restore(pretrainer.model, x_tilde[own], pretrainer.log_alpha.exp(),
-                                       args.num_steps)[-1]
+    s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
+    x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
+    walking = [i for i in range(len(x)) if step > args.walk_after * args.max_steps
+               and args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
+    if walking:
+        own = torch.tensor(walking).to(x.device, non_blocking=True)
+        with autocast(x.device):
+            x_tilde[own] = restore(pretrainer.model, x_tilde[own], pretrainer.log_alpha.exp(),
+                                   args.num_steps)[-1]
     return x_tilde, weights, x_s
 
 @contextlib.contextmanager
@@ -1090,10 +1089,9 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--num-steps", int, 1, "K, restoration steps"),
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
     ("--order-weight", float, 0.002, "weight of Eq. (4), by which clean images lie lowest"),
-    ("--rest-after", float, 0.6, "share of the steps after which the next two bring what is nearly "
-     "clean to rest"),
-    ("--full-share", float, 0.85, "share of images corrupted in full, the others in part"),
-    ("--walk-every", int, 5, "of so many images one is trained where a first walk ends; 0: none"),
+    ("--full-share", float, 0.9, "share of images corrupted in full, the others in part"),
+    ("--walk-every", int, 4, "of so many images one is trained where a first walk ends; 0: none"),
+    ("--walk-after", float, 0.6, "share of the steps after which images walk"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
     ("--sort-grid", int, 4, "sort: pieces per side"),
@@ -1127,14 +1125,14 @@ def check_args(args):
     models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
     require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
             "classification model of torchvision")
-    zero_too = ("weight_decay", "warmup_steps", "workers", "seed", "order_weight", "rest_after",
-                "full_share", "walk_every")
+    zero_too = ("weight_decay", "warmup_steps", "workers", "seed", "order_weight", "full_share",
+                "walk_every", "walk_after")
     for name, value in vars(args).items():
         if type(value) in (int, float):
             require(0 < value < math.inf or value == 0 and name in zero_too, name,
                     "must be 0 or more" if name in zero_too else "must be above 0")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
-    for name in ("rest_after", "full_share"):
+    for name in ("full_share", "walk_after"):
         require(getattr(args, name) <= 1, name, "must be 1 or less")
     require(args.batch_size % WORLD_SIZE == 0, "batch_size",
             f"must be a multiple of the {WORLD_SIZE} processes")
