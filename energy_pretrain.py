@@ -223,8 +223,8 @@ class ViT(nn.Module):
         distance d, in patches, like exp(-(0.7 d)^2 / 2) (random Fourier features: Rahimi and Recht,
         NeurIPS 2007). 0.6 and 0.7 are by trial. Attention begins as it ends in trained networks
         (Trockman and Kolter, ICML 2023): keys equal queries, so that like attends to like, and the
-        projection is the values' own, transposed, with the sign turned, so that what a patch sees
-        is taken away from it: what it shares with its neighbours fades."""
+        projection is minus the values' own, transposed, so that what a patch sees is taken away
+        from it: what it shares with its neighbours fades."""
         nn.init.normal_(self.cls_token, std=0.6)
         dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1])    # of N + 1
         place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)          # (N, 2)
@@ -745,8 +745,8 @@ def evaluate(pretrainer, images, tasks, options, chunk=64):
         restored = [energy(x_k) for x_k in x_hat]
         quarter, x_s = torch.lerp(x, x_tilde, 0.25), torch.lerp(x, x_tilde, s)
         rise, distance = energy(x_s) - clean, (x_s - x).square().flatten(1).sum(1)
-        ranks = torch.stack([rise, distance]).argsort(1).argsort(1).double()    # (2, M)
-        ranks -= ranks.mean(1, keepdim=True)
+        values = torch.stack([rise, distance.double()])                         # (2, M)
+        ranks = (values[:, :, None] - values[:, None]).sign().sum(2)    # centred; ties share one
         regions = {"": ...} | ({"_hidden": x_tilde != x} if task == "mim" else {})
         metrics[task] = {
             "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
@@ -870,12 +870,12 @@ def corrupt_batch(args, pretrainer, x, step):
     x_tilde, the images' weights (B,), and for Eq. (4) x_s of the first eighth of the images, s
     uniform but at least 1/20 (None without args.order_weight).
 
-    Several tasks are dealt out in turn to the images of all processes. Two kinds of images bring to
-    rest what is nearly clean. A share 1 - args.full_share is corrupted with a strength s = u^2
-    only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared errors fall with
-    s^2. And when a share args.walk_after of the run is over, one of args.walk_every in each task
-    first goes the walk of Eq. (2), untrained, and is trained from its end: a second walk begins
-    there, and no corruption errs as a restored image does."""
+    Several tasks are dealt out in turn to the images of all processes. Two kinds of images teach a
+    step to leave what is nearly clean as it is. A share 1 - args.full_share is corrupted with a
+    strength s = u^2 only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared
+    errors fall with s^2. And after a share args.walk_after of the run, one of args.walk_every
+    in each task first goes the walk of Eq. (2), untrained, and is trained from its end: a second
+    walk begins there, and no corruption errs as a restored image does."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
     first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
@@ -1090,7 +1090,7 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
     ("--order-weight", float, 0.002, "weight of Eq. (4), by which clean images lie lowest"),
     ("--full-share", float, 0.9, "share of images corrupted in full, the others in part"),
-    ("--walk-every", int, 4, "of so many images one is trained where a first walk ends; 0: none"),
+    ("--walk-every", int, 4, "one image in so many is trained where a first walk ends; 0: none"),
     ("--walk-after", float, 0.6, "share of the steps after which images walk"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
@@ -1131,6 +1131,8 @@ def check_args(args):
         if type(value) in (int, float):
             require(0 < value < math.inf or value == 0 and name in zero_too, name,
                     "must be 0 or more" if name in zero_too else "must be above 0")
+    require(args.seed < 2**64, "seed", "must be below 2^64")
+    require(args.device.split(":")[0] in ("cpu", "cuda"), "device", "give cpu, cuda or cuda:N")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
     for name in ("full_share", "walk_after"):
         require(getattr(args, name) <= 1, name, "must be 1 or less")
@@ -1139,8 +1141,9 @@ def check_args(args):
     require(not args.finetune or args.batch_size > WORLD_SIZE, "batch_size",
             "--finetune needs two images or more for each process")
     for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")):
-        require(task not in tasks or args.image_size % getattr(args, name) == 0, name,
-                f"must divide the image size, {args.image_size}")
+        value = getattr(args, name)
+        require(task not in tasks or value > 1 and args.image_size % value == 0, name,
+                f"must divide the image size, {args.image_size}, and be above 1")
     blocks = args.mask_grid**2
     require("mim" not in tasks or 0 < round(args.mask_ratio * blocks) < blocks, "mask_ratio",
             f"must hide some of the {blocks} blocks and leave some")

@@ -767,6 +767,7 @@ def test_evaluate_measures_restoration():
     row = ep.evaluate(still, x, ["mim"], options, chunk=4)["mim"]
     assert row["psnr_restored"][0] == row["psnr_corrupted"] and row["order"] == row["descent"] == 0
     assert row["psnr_corrupted_hidden"] == pytest.approx(row["psnr_corrupted"] - 3.0103, abs=1e-3)
+    assert row["rank_correlation"] == 0         # all energies tie
     row = ep.evaluate(bowl(lambda e: e), x, ["denoise"], {"noise_std": 2.0})["denoise"]
     assert row["psnr_restored"][0] == pytest.approx(ep.psnr(x.square().mean().item()))
     assert row["energy_restored"] == 0 and row["order"] == 1 and row["descent"] == 1
@@ -892,6 +893,9 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two images"),
     (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
     (["--device", "cuda:x"], "--device cuda:x"),
+    (["--device", "meta"], "--device meta: give cpu, cuda or cuda:N"),
+    (["--seed", str(2**64)], f"--seed {2**64}: must be below 2^64"),
+    (["--sort-grid", "1"], "--sort-grid 1: must divide the image size, 16, and be above 1"),
     (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
     (["--evaluate"], "no checkpoint there"),
     (["--nonsense"], "unrecognized arguments: --nonsense")])
