@@ -639,7 +639,7 @@ def learning_rate(args, step):
 # ---- 8. Files and checkpoints ------------------------------------------------------------------
 # Plain dicts of tensors, numbers and strings, so that loading one can run no code.
 
-# what a run may change when it goes on from its checkpoint
+# what a run may change when it goes on from its checkpoint, and --evaluate does not take from it
 FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every", "lr"}
 
 def write_file(args, name, write):
@@ -756,7 +756,7 @@ def evaluate(pretrainer, images, tasks, options, chunk=64):
             "psnr_clean": psnr_clean,
             "psnr_quarter": [decibels(quarter), decibels(walk(quarter)[0])],
             "rank_correlation": F.cosine_similarity(*ranks, dim=0).item(),
-            "slope": (2 * alpha * rise / distance).nanmedian().item()}      # 0 / 0: a grey image
+            "slope": (2 * alpha * rise / distance).nanmedian().item()}  # 0 / 0: nothing to corrupt
         for region, where in regions.items():
             metrics[task]["psnr_corrupted" + region] = decibels(x_tilde, where)
             metrics[task]["psnr_restored" + region] = [decibels(x_k, where) for x_k in x_hat]
@@ -873,9 +873,9 @@ def corrupt_batch(args, pretrainer, x, step):
     Several tasks are dealt out in turn to the images of all processes. Two kinds of images teach a
     step to leave what is nearly clean as it is. A share 1 - args.full_share is corrupted with a
     strength s = u^2 only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared
-    errors fall with s^2. And after a share args.walk_after of the run, one of args.walk_every
-    in each task first goes the walk of Eq. (2), untrained, and is trained from its end: a second
-    walk begins there, and no corruption errs as a restored image does."""
+    errors fall with s^2. And one of args.walk_every in each task first goes the walk of Eq. (2),
+    untrained, and is trained from its end: a second walk begins there, and no corruption errs as a
+    restored image does."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
     first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
@@ -892,8 +892,8 @@ def corrupt_batch(args, pretrainer, x, step):
         x_s = torch.lerp(x[some], x_tilde[some], uniform(len(x[some])).clamp(min=0.05))
     s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
     x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
-    walking = [i for i in range(len(x)) if step > args.walk_after * args.max_steps
-               and args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
+    walking = [i for i in range(len(x))
+               if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
     if walking:
         where = torch.tensor(walking).to(x.device, non_blocking=True)
         with autocast(x.device):
@@ -1090,8 +1090,7 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--alpha", float, 256.0, "step size that restoration begins training with"),
     ("--order-weight", float, 0.002, "weight of Eq. (4), by which clean images lie lowest"),
     ("--full-share", float, 0.9, "share of images corrupted in full, the others in part"),
-    ("--walk-every", int, 4, "one image in so many is trained where a first walk ends; 0: none"),
-    ("--walk-after", float, 0.6, "share of the steps after which images walk"),
+    ("--walk-every", int, 8, "one image in so many is trained where a first walk ends; 0: none"),
     ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
     ("--mask-grid", int, 8, "mim: blocks per side"),
     ("--sort-grid", int, 4, "sort: pieces per side"),
@@ -1125,8 +1124,8 @@ def check_args(args):
     models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
     require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
             "classification model of torchvision")
-    zero_too = ("weight_decay", "warmup_steps", "workers", "seed", "order_weight", "full_share",
-                "walk_every", "walk_after")
+    zero_too = {"weight_decay", "warmup_steps", "workers", "seed", "order_weight", "full_share",
+                "walk_every"}
     for name, value in vars(args).items():
         if type(value) in (int, float):
             require(0 < value < math.inf or value == 0 and name in zero_too, name,
@@ -1134,8 +1133,7 @@ def check_args(args):
     require(args.seed < 2**64, "seed", "must be below 2^64")
     require(args.device.split(":")[0] in ("cpu", "cuda"), "device", "give cpu, cuda or cuda:N")
     require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
-    for name in ("full_share", "walk_after"):
-        require(getattr(args, name) <= 1, name, "must be 1 or less")
+    require(args.full_share <= 1, "full_share", "must be 1 or less")
     require(args.batch_size % WORLD_SIZE == 0, "batch_size",
             f"must be a multiple of the {WORLD_SIZE} processes")
     require(not args.finetune or args.batch_size > WORLD_SIZE, "batch_size",
