@@ -139,7 +139,7 @@ TASKS = tuple(CORRUPTIONS)
 def corrupt(x, task, generator, strength=1.0, **options):
     """Corrupt images: x + s (x_tilde - x), where x_tilde is what the task's verb makes of x.
 
-    x: (B, 3, H, W) in [-1, 1], never written to. task: one of TASKS. generator: the source of every
+    x: (B, 3, S, S) in [-1, 1], never written to. task: one of TASKS. generator: the source of every
     random choice, on x's device. strength s: one number or one per image (B,), in [0, 1]; 0 gives
     x and 1 the full corruption, exactly. options: those named in CORRUPTIONS; what another task
     uses is ignored, so one dict serves all. Returns a new tensor of x's shape and dtype."""
@@ -328,7 +328,7 @@ def order_loss(energy_fn, x, x_s, alpha):
     """Eq. (4), a scalar: what is corrupted, x_s = x + s (x_tilde - x), should lie higher than x.
 
     Restoring x_tilde alone sets the slope there, not along the way. Let x_hat_t be where one step
-    from x_t lands: dE/dx(x_t) = (x_t - x_hat_t) / alpha. Along the way these slopes add up to
+    from x_t, of strength t, lands: dE/dx(x_t) = (x_t - x_hat_t) / alpha. These slopes add up to
         E(x_s) - E(x) = 1/alpha integral_0^s (x_t - x_hat_t) . (x_tilde - x) dt,
     which is |x_s - x|^2 / (2 alpha) if all land on x. Real steps fall short, so a quarter of this
     ideal is asked for. The loss is what is missing, as a share of the ideal, averaged over images;
@@ -408,7 +408,7 @@ def set_up_device(args):
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
     if WORLD_SIZE > 1:
         # Workers that torchrun has restarted must not read the addresses their predecessors left
-        # in the store (pytorch/pytorch#135712). Across machines the count is no common name.
+        # in the store (pytorch/pytorch#135712). Across machines the counts may differ.
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD_SIZE):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -612,10 +612,10 @@ def build_optimizers(module, weight_decay):
     Muon (Jordan et al., 2024) replaces a matrix's momentum by roughly the nearest orthogonal
     matrix: all its directions move about equally far. These steps are scaled to AdamW's size, so
     that one learning rate serves both. Biases, norms, position and class embeddings (by the names
-    of our ViT) and log alpha do not decay."""
+    that our and torchvision's networks give them) and log alpha do not decay."""
     inner, decaying, exempt = [], [], []
     for name, p in module.named_parameters():
-        if p.ndim < 2 or name.endswith(("_embed", "_token")):
+        if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table")):
             exempt.append(p)
         elif p.ndim == 2 and name.startswith("model.") and name != "model.head.weight":
             inner.append(p)
@@ -639,7 +639,7 @@ def learning_rate(args, step):
 # ---- 8. Files and checkpoints ------------------------------------------------------------------
 # Plain dicts of tensors, numbers and strings, so that loading one can run no code.
 
-# what a run may change when it goes on from its checkpoint, and --evaluate does not take from it
+# not compared when a run goes on from its checkpoint, nor taken from there by --evaluate
 FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every", "lr"}
 
 def write_file(args, name, write):
@@ -715,20 +715,21 @@ def corruption_options(args):
     return {name: getattr(args, name) for _, names, _ in CORRUPTIONS.values() for name in names}
 
 @torch.no_grad()
-def evaluate(pretrainer, images, tasks, options, chunk=64):
-    """Restore corrupted images (M, 3, S, S), and ask whether low energy means data, on one process:
-    {task: {name: value}}.
+def evaluate(pretrainer, x, tasks, options, chunk=64):
+    """Corrupt and restore images x (M, 3, S, S), and ask whether low energy means data, on one
+    process: {task: {name: value}}.
 
     psnr_corrupted and psnr_restored (one value a step): dB of the squared error averaged over all
     images, since a mean of per-image decibels is ruled by images that the corruption hardly
     touches; *_hidden (mim): the same over hidden pixels. psnr_clean, psnr_quarter: of a clean image
     after one step, of a quarter-corrupted one before and after. energy_clean, _corrupted,
     _restored: means. order, order_quarter: share of images that lie lower than themselves at full
-    and at a quarter of the corruption. auroc: the same of any clean and any corrupted one. descent:
-    share of images whose energy the first step lowers. (Ties count as failures.) rank_correlation:
-    Spearman's, of E(x_s) - E(x) and |x_s - x|^2, over images with strengths s up to 1. slope: their
-    median ratio times 2 alpha, 1 if ideal, see `order_loss`."""
-    x, model, alpha, metrics = images, pretrainer.model, pretrainer.log_alpha.exp(), {}
+    and at a quarter of the corruption. auroc: share of the pairs of any clean and any corrupted
+    image in which the clean one lies lower. descent: share of images whose energy the first step
+    lowers. (Ties count as failures.) rank_correlation: Spearman's, of E(x_s) - E(x) and
+    |x_s - x|^2, over images with strengths s up to 1. slope: their median ratio times 2 alpha, 1 if
+    ideal, see `order_loss`."""
+    model, alpha, metrics = pretrainer.model, pretrainer.log_alpha.exp(), {}
     def energy(y):                                                              # (M,)
         return torch.cat([model(part) for part in y.split(chunk)]).double()
     def walk(y, num_steps=1):                                                   # (K, M, 3, S, S)
@@ -780,18 +781,17 @@ def print_table(metrics, num_steps):
         print(f"{task:<20}{row['auroc']:8.3f}{row['order_quarter']:16.1%}{row['psnr_clean']:15.2f}"
               f"{before:15.2f}{after:8.2f}{row['rank_correlation']:12.3f} {row['slope']:6.2f}")
 
-def draw_picture(pretrainer, images, tasks, options):
+def draw_picture(pretrainer, x, tasks, options):
     """For every task a row each of clean, corrupted and restored images, named in the margin."""
     rows = []
     for task in tasks:
-        generator = make_generator(images.device, -2, TASKS.index(task))
-        x_tilde = corrupt(images, task, generator, **options)
+        x_tilde = corrupt(x, task, make_generator(x.device, -2, TASKS.index(task)), **options)
         x_hat = restore(pretrainer.model, x_tilde, pretrainer.log_alpha.exp(), pretrainer.num_steps)
-        rows += [(f"{task}: clean", images), ("corrupted", x_tilde)]
+        rows += [(f"{task}: clean", x), ("corrupted", x_tilde)]
         rows += [(f"restored, step {k}", x_k) for k, x_k in enumerate(x_hat, 1)]
     tiles = torch.cat([row for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))     # nearest neighbour
-    grid = torchvision.utils.make_grid(tiles, nrow=len(images), padding=4, pad_value=1.0)
+    grid = torchvision.utils.make_grid(tiles, nrow=len(x), padding=4, pad_value=1.0)
     picture = Image.new("RGB", (grid.shape[2] + 120, grid.shape[1]), "white")
     picture.paste(v2.functional.to_pil_image(grid), (120, 0))
     for i, (name, _) in enumerate(rows):        # beside the middle of its row
@@ -855,15 +855,16 @@ def log_progress(record, args):
     except OSError as error:
         raise UserError(f"{args.out}/log.jsonl: cannot be written ({error})")
     r, terminal = record, sys.stdout.isatty()
-    left = (args.max_steps - r["step"]) * args.batch_size / r["images_per_second"]
+    left = int((args.max_steps - r["step"]) * args.batch_size / r["images_per_second"])   # seconds
     what = f"accuracy {r['accuracy']:.1%}" if args.finetune else (
         f"{r['task']:>7} {r['psnr_corrupted']:5.2f} -> {r['psnr_restored'][-1]:5.2f} dB  E clean "
         f"{r['energy_clean']:.2f} corrupted {r['energy_corrupted']:.2f} restored "
         f"{r['energy_restored']:.2f}  alpha {r['alpha']:.1f}")
     line = (f"step {r['step']:>5}/{args.max_steps}  loss {r['loss']:.4f}  {what}  grad "
             f"{r['gradient_norm']:.3f}  lr {r['lr']:.1e}  {r['images_per_second']:.0f} images/s  "
-            f"{left // 60:.0f}:{left % 60:02.0f} left")
-    print("\r\033[K" * terminal + line, end="" if terminal and left else "\n", flush=True)
+            f"{left // 60}:{left % 60:02} left")
+    end = "" if terminal and r["step"] < args.max_steps else "\n"
+    print("\r\033[K" * terminal + line, end=end, flush=True)
 
 def corrupt_batch(args, pretrainer, x, step):
     """Corrupt images (B, 3, S, S) for a step; return what Pretrainer.forward takes after x:
@@ -873,8 +874,8 @@ def corrupt_batch(args, pretrainer, x, step):
     Several tasks are dealt out in turn to the images of all processes. Two kinds of images teach a
     step to leave what is nearly clean as it is. A share 1 - args.full_share is corrupted with a
     strength s = u^2 only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared
-    errors fall with s^2. And one of args.walk_every in each task first goes the walk of Eq. (2),
-    untrained, and is trained from its end: a second walk begins there, and no corruption errs as a
+    errors fall with s^2. And one of args.walk_every in each task first goes the walk of Eq. (2), no
+    graph kept, and is trained from its end: a second walk begins there, and no corruption errs as a
     restored image does."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
@@ -965,8 +966,8 @@ LABELLED = 4096         # at most so many images vote, and as many held-out ones
 class Classifier(nn.Module):
     """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
     stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
-    of masked autoencoders (He et al., 2022). Fine-tuned on 200 digits it gave 87% instead of 77%;
-    mean and size taken once, before training, gave 75%."""
+    of masked autoencoders (He et al., 2022): with it 200 digits gave 87%, without it 77%, with its
+    statistics fixed before training 75%."""
 
     def __init__(self, model, num_classes, freeze=False):
         super().__init__()
@@ -1013,7 +1014,7 @@ def eager_loss(energy_fn, x, x_tilde, alpha, *_):
 
 def benchmark(args, repetitions=10):
     """Print what training steps cost, timed side by side, all under AdamW, with one restoration
-    step; return {row: median seconds}. The floor is their ratio to `supervised` in operations."""
+    step; return {row: median seconds}. "ops" is a row's ratio to `supervised` in operations."""
     device = set_up_device(args)
     cuda, size = device.type == "cuda", (args.batch_size, 3, args.image_size, args.image_size)
     x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
@@ -1057,7 +1058,7 @@ def benchmark(args, repetitions=10):
     medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
     where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
     print0(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
-           f"\n{'':<24}      ms  / supervised  floor  images/s  TFLOP/s"
+           f"\n{'':<24}      ms  / supervised    ops  images/s  TFLOP/s"
            + "  peak memory  of product" * cuda)
     peak = flops["8192^3 product"] / medians.get("8192^3 product, bfloat16", 1)
     for name, value in medians.items():
@@ -1070,7 +1071,7 @@ def benchmark(args, repetitions=10):
 
 # ---- 13. Command line --------------------------------------------------------------------------
 
-FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; --device is last
+FLAGS = (  # name, type (None: a switch), default or (without CUDA, with CUDA), meaning; device last
     ("--task", str, "all", f"one of {', '.join(TASKS)}, a comma list, or all"),
     ("--data", str, "procedural", "procedural (landscapes drawn on the spot), a folder of images, "
      f"or {', '.join(NAMED_DATA)} (downloaded to ./data)"),
@@ -1096,7 +1097,8 @@ FLAGS = (  # name, type, default or (default without CUDA, with CUDA), meaning; 
     ("--sort-grid", int, 4, "sort: pieces per side"),
     ("--sr-factor", int, 4, "sr: how many times smaller"),
     ("--noise-std", float, 0.5, "denoise: standard deviation, the pixels' range being 2"),
-    ("--out", str, None, "folder for all that the run writes (default: runs/TASK)"),
+    ("--out", str, None, "folder for all that the run writes (default: runs/TASK; with --finetune "
+     "runs/finetune or runs/scratch)"),
     ("--save-every", int, 500, "optimiser steps between checkpoints"),
     ("--resume", bool, True, "go on from the checkpoint in --out if there is one"),
     ("--evaluate", None, False, "train nothing: table and picture of the checkpoint in --out"),
@@ -1132,7 +1134,6 @@ def check_args(args):
                     "must be 0 or more" if name in zero_too else "must be above 0")
     require(args.seed < 2**64, "seed", "must be below 2^64")
     require(args.device.split(":")[0] in ("cpu", "cuda"), "device", "give cpu, cuda or cuda:N")
-    require(args.mask_ratio < 1, "mask_ratio", "must be below 1")
     require(args.full_share <= 1, "full_share", "must be 1 or less")
     require(args.batch_size % WORLD_SIZE == 0, "batch_size",
             f"must be a multiple of the {WORLD_SIZE} processes")
@@ -1256,8 +1257,8 @@ def run(args):
 
 def main(argv=None):
     """Do as the command line says; return {task: {metric: value}}, see `evaluate`, after
-    --finetune {"knn", "accuracy"} (under torchrun on rank 0). A mistake of the user's is one line
-    on stderr and SystemExit(2)."""
+    --finetune {"knn", "accuracy"} (under torchrun on rank 0), or what `benchmark` returns. A
+    mistake of the user's is one line on stderr and SystemExit(2)."""
     try:
         args = parse_args(argv)
         return benchmark(args) if args.benchmark else run(args)

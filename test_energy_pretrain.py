@@ -580,6 +580,14 @@ def test_muon_moves_the_inner_matrices_and_only_matrices_decay():
     assert len(ep.build_optimizers(torch.nn.Linear(2, 2), 0.1)) == 1        # no inner matrices
 
 
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
+def test_positions_in_torchvision_networks_do_not_decay(name):
+    pretrainer = ep.Pretrainer(ep.build_model(name, 32))
+    exempt = {id(p) for p in ep.build_optimizers(pretrainer, 0.1)[0].param_groups[1]["params"]}
+    positions = [p for name, p in pretrainer.named_parameters() if "pos" in name and p.ndim > 1]
+    assert positions and all(id(p) in exempt for p in positions)
+
+
 @given(st.integers(0, 20), st.integers(1, 200), st.sampled_from([64, 256, 1024]))
 def test_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest, batch):
     args = argparse.Namespace(lr=0.1, batch_size=batch, warmup_steps=warmup,
@@ -872,7 +880,7 @@ def test_torchrun_says_mistakes_once(tmp_path):
      "--model nano at 18 pixels: image size 18 is not divisible by patch size 4"),
     (["--benchmark", "--model", "squeezenet1_0"], "does not end in a linear layer"),
     (["--image-size", "16", "--sr-factor", "5"], "--sr-factor 5: must divide the image size, 16"),
-    (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
+    (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must hide some of the 16 blocks and leave some"),
     (["--mask-ratio", "0.01"], "--mask-ratio 0.01: must hide some of the 16 blocks and leave some"),
     (["--mask-ratio", "0.99"], "--mask-ratio 0.99: must hide some of the 16 blocks and leave some"),
     (["--full-share", "1.5"], "--full-share 1.5: must be 1 or less"),
@@ -1006,6 +1014,13 @@ def test_a_diverging_run_stops_with_step_and_value_and_keeps_the_checkpoint(tmp_
     checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert checkpoint["step"] == 2
     assert all(v.isfinite().all() for v in checkpoint["module"].values())
+
+
+def test_the_time_left_is_in_minutes_and_seconds(tmp_path, capsys):
+    record = {"step": 1, "loss": 0.5, "accuracy": 0.5, "gradient_norm": 1.0, "lr": 0.1}
+    args = argparse.Namespace(out=str(tmp_path), max_steps=2, batch_size=1, finetune="scratch")
+    ep.log_progress({**record, "images_per_second": 1 / 119.7}, args)
+    assert "1:59 left" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("task, gain", [("mim", 3), ("denoise", 5)])
@@ -1181,9 +1196,9 @@ def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     medians = ep.main([*TINY, "--benchmark", "--batch-size", "1", "--num-steps", "2"])
     assert built[0].num_steps == 1              # as in the row that is written for one step only
     assert len(medians) == 6 and all(seconds > 0 for seconds in medians.values())
-    floors = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
-    assert floors[1:3] == [1, 1] and floors[0] == pytest.approx(1 / 3, abs=0.05)
-    assert all(1.9 < floor < 2.5 for floor in floors[3:])
+    ops = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert ops[1:3] == [1, 1] and ops[0] == pytest.approx(1 / 3, abs=0.05)
+    assert all(1.9 < ratio < 2.5 for ratio in ops[3:])
 
 
 def test_with_cuda_the_batch_grows_with_the_processes(monkeypatch):
