@@ -20,12 +20,13 @@ shuffling, shrinking and greying are other ways to leave the data; the same walk
     python energy_pretrain.py --task color --data ~/Pictures   # any folder of images
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
 
-Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss.
-The plumbing: 5 processes, 6 data, 7 optimiser, 8 files and checkpoints, 9 evaluation, 10 training,
-11 use of the weights, 12 benchmark, 13 command line. Letters: B images, C channels, H W pixels (S
-by S if square), P patch side, N patches, T tokens, D width, h heads, M of anything else, K
-restoration steps (`num_steps`; the variable `step` is the optimiser's). x is clean, x_tilde
-corrupted, x_hat restored. Low energy is data; mask 1 is hidden; pixels lie in [-1, 1].
+Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss, and
+from 10 `corrupt_batch`, what a step trains on. The plumbing: 5 processes, 6 data, 7 optimiser, 8
+files and checkpoints, 9 evaluation, 10 training, 11 use of the weights, 12 benchmark, 13 command
+line. Letters: B images, C channels, H W pixels (S by S if square), P patch side, N patches, T
+tokens, D width, h heads, M of anything else, K restoration steps (`num_steps`; the variable `step`
+is the optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low energy is data; mask 1 is
+hidden; pixels lie in [-1, 1].
 
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
 ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
@@ -966,8 +967,8 @@ LABELLED = 4096         # at most so many images vote, and as many held-out ones
 class Classifier(nn.Module):
     """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
     stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
-    of masked autoencoders (He et al., 2022): with it 200 digits gave 87%, without it 77%, with its
-    statistics fixed before training 75%."""
+    of masked autoencoders (He et al., 2022): four blocks fine-tuned on 200 digits reached 87% with
+    it, 77% without, 75% with its statistics fixed before training."""
 
     def __init__(self, model, num_classes, freeze=False):
         super().__init__()

@@ -1016,11 +1016,19 @@ def test_a_diverging_run_stops_with_step_and_value_and_keeps_the_checkpoint(tmp_
     assert all(v.isfinite().all() for v in checkpoint["module"].values())
 
 
-def test_the_time_left_is_in_minutes_and_seconds(tmp_path, capsys):
-    record = {"step": 1, "loss": 0.5, "accuracy": 0.5, "gradient_norm": 1.0, "lr": 0.1}
-    args = argparse.Namespace(out=str(tmp_path), max_steps=2, batch_size=1, finetune="scratch")
-    ep.log_progress({**record, "images_per_second": 1 / 119.7}, args)
-    assert "1:59 left" in capsys.readouterr().out
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_one_line_on_a_terminal_and_tells_the_time_left(
+        tmp_path, capsys, monkeypatch, terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    record = {"loss": 0.5, "accuracy": 0.5, "gradient_norm": 1.0, "lr": 0.1}
+    args = argparse.Namespace(out=str(tmp_path), max_steps=3, batch_size=1, finetune="scratch")
+    said = []
+    for step, rate in ((1, 2 / 119.7), (2, 5.0), (3, 5.0)):
+        ep.log_progress({**record, "step": step, "images_per_second": rate}, args)
+        said.append(capsys.readouterr().out)
+    assert "1:59 left" in said[0] and "0:00 left" in said[1]
+    assert all(line.startswith("\r\033[K") == terminal for line in said)
+    assert [line.endswith("\n") for line in said] == [not terminal, not terminal, True]
 
 
 @pytest.mark.parametrize("task, gain", [("mim", 3), ("denoise", 5)])
