@@ -57,7 +57,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
@@ -163,11 +162,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        B, T, D = x.shape                                                       # T = N + 1 tokens
-        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)    # (B, T, 3, h, D/h)
+    def forward(self, x):                                           # (B, T, D), T = N + 1 tokens
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))                 # (B, T, 3, h, D/h)
         x = self.attend(*qkv.permute(2, 0, 3, 1, 4))                            # (B, h, T, D/h)
-        return self.proj(x.transpose(1, 2).reshape(B, T, D))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
     def attend(self, q, k, v):
         weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)    # (B, h, T, T)
@@ -288,7 +286,7 @@ class TorchvisionEnergy(nn.Module):
         return self.net(x)
 
     def forward(self, x):
-        with sdpa_kernel(SDPBackend.MATH):          # the one backend with a second derivative
+        with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):    # twice differentiable
             return (self.represent(x) * self.head.weight).sum(1)
 
 VIT_SIZES = {"nano": (96, 2, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6),
@@ -305,12 +303,10 @@ def build_model(name, image_size=32, patch_size=None):
         return ViT(image_size, patch_size, *VIT_SIZES[name]).eval()
     return TorchvisionEnergy(name, image_size).eval()
 
-# ---- 4. Restoration and loss -------------------------------------------------------------------
-# The heart: Eq. (2), (3) and (4).
+# ---- 4. Restoration and loss: Eq. (2), (3) and (4) ---------------------------------------------
 
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
-    """Walk num_steps steps down the energy from x_tilde, Eq. (2); return x_1 ... x_K as one tensor
-    (K, B, 3, H, W).
+    """Walk num_steps steps down the energy from x_tilde, Eq. (2): x_1 ... x_K, (K, B, 3, H, W).
 
     energy_fn: any callable from (B, 3, H, W) to (B,), each image on its own. alpha: the step size,
     a number or a scalar tensor. With create_graph each iterate can be differentiated by parameters
@@ -340,8 +336,7 @@ def order_loss(energy_fn, x, x_s, alpha):
 
 def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None, order_weight=0.0):
     """Eq. (3), the mean over K steps of smooth_l1(x_k, x), plus order_weight, w, times Eq. (4): a
-    scalar to be trained through. smooth_l1 of a difference d is d^2 / 2 where |d| < 1 (half of the
-    pixel range), linear beyond.
+    scalar to train through. smooth_l1(d) is d^2 / 2 up to |d| = 1, half the range, then linear.
 
     weight: of each image in (3), a number or (B,). x_s: the first len(x_s) of the images, corrupted
     with strengths of their own, for (4); None leaves it out. alpha (a tensor if x_s is given) and K
@@ -349,10 +344,9 @@ def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None,
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
     loss = (error.flatten(2).mean(2) * weight).mean()
-    if x_s is None:
-        return loss
-    # alpha is learned by restoring alone; else it would grow to satisfy (4)
-    return loss + order_weight * order_loss(energy_fn, x[:len(x_s)], x_s, alpha.detach())
+    if x_s is not None:     # alpha is learned by restoring alone; else it would grow to satisfy (4)
+        loss = loss + order_weight * order_loss(energy_fn, x[:len(x_s)], x_s, alpha.detach())
+    return loss
 
 class Pretrainer(nn.Module):
     """The energy, its step size, the walk and the loss in one module, as DistributedDataParallel
@@ -584,9 +578,13 @@ def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
             keys.append((int(order[position % num_images]), hash((seed, position)) % 2**63))
         yield keys
 
+def ignore_signals(worker=None):
+    """For decoders: Ctrl-C reaches them, too, but `stop_signals` says when a run ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
 def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_size=1, workers=0):
-    """Yield this process's clean images (B, 3, S, S), in [-1, 1], and their labels (B,), for each
-    of the given steps."""
+    """Yield, step by step, this process's clean images (B, 3, S, S) in [-1, 1] and labels (B,)."""
     if crops is None:
         for step in steps:
             generator = make_generator(device, seed, step, rank)
@@ -594,7 +592,8 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
         return
     keys = crop_keys(len(crops.source), batch_size, steps, seed, rank, world_size)
     for pixels, labels, unreadable in torch.utils.data.DataLoader(
-            crops, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda"):
+            crops, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda",
+            worker_init_fn=ignore_signals):
         for paths in unreadable:
             for path in set(paths.split("\0")) - crops.named:      # each file is named once
                 print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
@@ -685,7 +684,7 @@ def load_checkpoint(path, module=None, optimizers=()):
         return dict(checkpoint["config"]), int(checkpoint["step"])
     except Exception as error:      # a damaged file can make the unpickler raise anything
         raise UserError(f"{path}: no checkpoint of this script and model, or a damaged one "
-                        f"({type(error).__name__}); another --out or --no-resume starts afresh")
+                        f"({type(error).__name__}); to train anew: another --out, or --no-resume")
 
 def resume(args, module, optimizers):
     """Go on from OUT's checkpoint if there is one; return the number of steps already taken. Lines
@@ -708,8 +707,7 @@ def resume(args, module, optimizers):
     return step
 
 # ---- 9. Evaluation -----------------------------------------------------------------------------
-# Fixed corruptions, in full and along the way there. Works without gradients, but for those that
-# `restore` takes itself.
+# Fixed corruptions, in full and along the way. No gradients but those that `restore` takes itself.
 
 def corruption_options(args):
     """How hard the tasks are, as `corrupt` takes it."""
@@ -728,8 +726,7 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
     and at a quarter of the corruption. auroc: share of the pairs of any clean and any corrupted
     image in which the clean one lies lower. descent: share of images whose energy the first step
     lowers. (Ties count as failures.) rank_correlation: Spearman's, of E(x_s) - E(x) and
-    |x_s - x|^2, over images with strengths s up to 1. slope: their median ratio times 2 alpha, 1 if
-    ideal, see `order_loss`."""
+    |x_s - x|^2, at strengths s up to 1. slope: their median ratio times 2 alpha, ideally 1."""
     model, alpha, metrics = pretrainer.model, pretrainer.log_alpha.exp(), {}
     def energy(y):                                                              # (M,)
         return torch.cat([model(part) for part in y.split(chunk)]).double()
@@ -746,9 +743,8 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
         x_hat, corrupted = walk(x_tilde, pretrainer.num_steps), energy(x_tilde)
         restored = [energy(x_k) for x_k in x_hat]
         quarter, x_s = torch.lerp(x, x_tilde, 0.25), torch.lerp(x, x_tilde, s)
-        rise, distance = energy(x_s) - clean, (x_s - x).square().flatten(1).sum(1)
-        values = torch.stack([rise, distance.double()])                         # (2, M)
-        ranks = (values[:, :, None] - values[:, None]).sign().sum(2)    # centred; ties share one
+        rise, distance = energy(x_s) - clean, (x_s - x).square().flatten(1).sum(1).double()
+        ranks = [(v[:, None] - v).sign().sum(1) for v in (rise, distance)]  # centred; ties share
         regions = {"": ...} | ({"_hidden": x_tilde != x} if task == "mim" else {})
         metrics[task] = {
             "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
@@ -1027,16 +1023,14 @@ def benchmark(args, repetitions=10):
     def step(module, target):
         optimizers = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
         return lambda: train_step(module, optimizers, (x, target), 0.0)
-    def energy_step(loss_fn):
-        same = copy.copy(pretrainer)            # the same parameters
-        same.loss_fn = loss_fn
-        return step(same, x.clone())
     rows = {"forward": autocast(device)(torch.no_grad()(lambda: energy(x))),
             "supervised, eager": step(classifier, labels),
-            "supervised, compiled": step(torch.compile(classifier, fullgraph=True), labels),
-            "energy, autograd.grad": energy_step(eager_loss),
-            "energy, --no-compile": energy_step(energy_loss),
-            "energy, --compile": energy_step(torch.compile(energy_loss, fullgraph=True))}
+            "supervised, compiled": step(torch.compile(classifier, fullgraph=True), labels)}
+    for name, loss_fn in (("autograd.grad", eager_loss), ("--no-compile", energy_loss),
+                          ("--compile", torch.compile(energy_loss, fullgraph=True))):
+        pretrainer = copy.copy(pretrainer)      # the same parameters
+        pretrainer.loss_fn = loss_fn
+        rows["energy, " + name] = step(pretrainer, x.clone())
     flops, memory = {"8192^3 product": 2 * 8192**3}, {}
     for name in ("forward", "supervised, eager", "energy, autograd.grad"):
         with FlopCounterMode(display=False) as counter:
@@ -1155,8 +1149,9 @@ def parse_args(argv):
     for flag, kind, default, meaning in FLAGS:
         action = {None: {"action": "store_true"}, bool: {"action": argparse.BooleanOptionalAction}}
         if default is not None and kind is not None:
-            meaning += f" (default: {'; with CUDA '.join(map(str, default))})" \
-                if isinstance(default, tuple) else f" (default: {default})"
+            texts = default if isinstance(default, tuple) else (default,)
+            texts = ("no limit" if text is None else str(text) for text in texts)
+            meaning += f" (default: {'; with CUDA '.join(texts)})"
         parser.add_argument(flag, help=meaning, **action.get(kind, {"type": kind}))
     typed = vars(parser.parse_args(argv))
     on_cuda = typed.get("device", FLAGS[-1][2]).startswith("cuda")

@@ -522,6 +522,22 @@ def test_folder_names_each_unreadable_file_once(tmp_path, capfd):
     assert capfd.readouterr().err.count("broken.jpg") == 1
 
 
+class Heedless(ep.Crops):
+    """White where neither Ctrl-C nor SIGTERM would end the process that decodes."""
+
+    def __getitem__(self, key):
+        deaf = all(signal.getsignal(number) is signal.SIG_IGN
+                   for number in (signal.SIGINT, signal.SIGTERM))
+        return torch.full((3, 16, 16), 255 * deaf, dtype=torch.uint8), 0, ""
+
+
+def test_decoders_leave_signals_to_the_training_loop():
+    """Spawned ones, as on macOS, inherit no handlers: Ctrl-C would end them before the run."""
+    crops = Heedless([None] * 4, 16, False)
+    (x, _), = ep.image_batches(None, crops, torch.device("cpu"), 4, [0], seed=0, workers=1)
+    assert (x == 1).all() and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+
+
 def test_an_unreadable_file_is_replaced_by_the_next_readable_one_round_the_end(tmp_path):
     source = [(str(tmp_path / f"{i}.png"), i) for i in range(4)]
     for path, i in source:
