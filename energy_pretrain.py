@@ -865,7 +865,7 @@ def log_progress(record, args):
 
 def corrupt_batch(args, pretrainer, x, step):
     """Corrupt images (B, 3, S, S) for a step; return what Pretrainer.forward takes after x:
-    x_tilde, the images' weights (B,), and for Eq. (4) x_s of the first eighth of the images, s
+    x_tilde, the images' weights (B,), and for Eq. (4) x_s of the first sixteenth of the images, s
     uniform but at least 1/20 (None without args.order_weight).
 
     Several tasks are dealt out in turn to the images of all processes. Two kinds of images teach a
@@ -886,7 +886,7 @@ def corrupt_batch(args, pretrainer, x, step):
     def uniform(count):
         return torch.rand(count, 1, 1, 1, generator=generator, device=x.device)
     if args.order_weight:
-        some = slice(max(1, len(x) // 8))
+        some = slice(max(1, len(x) // 16))
         x_s = torch.lerp(x[some], x_tilde[some], uniform(len(x[some])).clamp(min=0.05))
     s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
     x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
@@ -1076,8 +1076,8 @@ FLAGS = (  # name, type (None: a switch), default or (without CUDA, with CUDA), 
     ("--image-size", int, (32, 224), "side of the images in pixels"),
     ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
     ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
-    ("--max-steps", int, (2400, None), "optimiser steps, if --epochs does not end before"),
-    ("--batch-size", int, (16, 128 * WORLD_SIZE), "images per optimiser step, over all "
+    ("--max-steps", int, (1500, None), "optimiser steps, if --epochs does not end before"),
+    ("--batch-size", int, (32, 128 * WORLD_SIZE), "images per optimiser step, over all "
      "processes; with CUDA 128 for each"),
     ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
     ("--weight-decay", float, 0.05, "of matrices only"),

@@ -653,8 +653,8 @@ def test_every_task_comes_first_at_times():
     assert 2 <= grey <= 16, grey
 
 
-@pytest.mark.parametrize("batch, count", [(4, 1), (8, 1), (24, 3)])
-def test_the_order_is_asked_for_along_the_way_of_the_first_eighth(batch, count):
+@pytest.mark.parametrize("batch, count", [(4, 1), (16, 1), (48, 3)])
+def test_the_order_is_asked_for_along_the_way_of_the_first_sixteenth(batch, count):
     args = ep.parse_args([*TINY, "--task", "denoise", *FULL])
     x, strengths = images(0, batch), []
     for step in range(1, 200):
@@ -1228,7 +1228,7 @@ def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
 def test_with_cuda_the_batch_grows_with_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     flags = {flag: default for flag, _, default, _ in runpy.run_path(SCRIPT)["FLAGS"]}
-    assert flags["--batch-size"] == (16, 512)
+    assert flags["--batch-size"] == (32, 512)
 
 
 def test_importing_the_module_does_nothing(capsys):
