@@ -578,7 +578,7 @@ def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
             keys.append((int(order[position % num_images]), hash((seed, position)) % 2**63))
         yield keys
 
-def ignore_signals(worker=None):
+def ignore_signals(worker):
     """For decoders: Ctrl-C reaches them, too, but `stop_signals` says when a run ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -1225,6 +1225,16 @@ def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     assert all(1.9 < ratio < 2.5 for ratio in ops[3:])
 
 
+def test_help_says_every_default_in_words(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ep.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "None" not in said
+    for default in ("1500; with CUDA no limit", "no limit; with CUDA 100", "False; with CUDA True"):
+        assert f"(default: {default})" in said
+    assert "of all that is random (default: 0)" in said
+
+
 def test_with_cuda_the_batch_grows_with_the_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     flags = {flag: default for flag, _, default, _ in runpy.run_path(SCRIPT)["FLAGS"]}
