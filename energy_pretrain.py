@@ -71,14 +71,11 @@ class UserError(Exception):
 
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
-    x = x.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))   # (B, C, H/P, P, W/P, P)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)                 # (B, N, C*P*P)
+    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2).contiguous()
 
 def unpatchify(patches, patch, height):
     """Undo `patchify`: put patches (B, N, C*P*P) back into images (B, C, H, W) of this height."""
-    x = patches.unflatten(2, (-1, patch, patch))                # (B, N, C, P, P)
-    x = x.unflatten(1, (height // patch, -1))                   # (B, H/P, W/P, C, P, P)
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)                 # (B, C, H, W)
+    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // patch, -1)), patch)
 
 def psnr(mean_squared_error):
     """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
@@ -126,8 +123,7 @@ def remove_color(x, generator):
     red, green, blue = x.split(1, dim=1)                                        # (B, 1, H, W)
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
-# The last column weighs the tasks against each other when one network learns several; by trial.
-CORRUPTIONS = {  # task: (its verb, the options that set how hard it is, its weight in the loss)
+CORRUPTIONS = {  # task: (its verb, options for how hard it is, weight against others, by trial)
     "mim": (hide_blocks, ("mask_ratio", "mask_grid"), 2),
     "sort": (shuffle_patches, ("sort_grid",), 1),
     "sr": (lower_resolution, ("sr_factor",), 4),
@@ -225,7 +221,7 @@ class ViT(nn.Module):
         minus the values' own, transposed, so that what a patch sees is taken away from it: what it
         shares with its neighbours fades."""
         nn.init.normal_(self.cls_token, std=0.6)
-        dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1])    # of N + 1
+        dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1] - 1)
         place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)          # (N, 2)
         waves = torch.cos(place @ (0.7 * torch.randn(2, dim)) + 2 * math.pi * torch.rand(dim))
         self.pos_embed[0, 1:] = 0.6 * math.sqrt(2) * waves      # of root mean square 0.6
@@ -355,8 +351,7 @@ class Pretrainer(nn.Module):
 
     def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.002):
         super().__init__()
-        self.model = model
-        self.num_steps, self.order_weight = num_steps, order_weight
+        self.model, self.num_steps, self.order_weight = model, num_steps, order_weight
         self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
         self.loss_fn = energy_loss                              # `try_compile` puts another here
 
@@ -391,10 +386,7 @@ def print0(*values, **options):
 
 def set_up_device(args):
     """Join the other processes, if any, and return this one's device."""
-    try:
-        device = torch.device(args.device)
-    except RuntimeError:
-        raise UserError(f"--device {args.device}: give cpu, cuda or cuda:N")
+    device = torch.device(args.device)
     if device.type == "cuda":
         device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
@@ -480,7 +472,7 @@ def read_image(path, short_side):
         image.draft("RGB", (short_side, short_side))   # JPEG: decode at a reduced scale, far faster
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):                  # 16 bits a pixel
-            image = image.point(lambda value: value / 256).convert("L")
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.has_transparency_data:                 # on white paper
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -492,7 +484,8 @@ class Crops(torch.utils.data.Dataset):
     """Square crops: item (index, seed) -> (pixels, uint8 (3, S, S); label; unreadable files).
 
     source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
-    says, instead of taking the middle. A file that cannot be decoded is replaced by the next.
+    says, instead of taking the middle. A file that cannot be decoded is replaced by the next, and
+    named: collating needs a string, in which a NUL parts the names.
     Images are kept, shrunken to three times the size of the crops, some 256 MiB in each worker, so
     that a small folder of large photographs is not decoded in every epoch."""
 
@@ -598,7 +591,7 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
             for path in set(paths.split("\0")) - crops.named:      # each file is named once
                 print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
                 crops.named.add(path)
-            if paths.count("\0") == 99:
+            if paths.count("\0") == 99:         # between a hundred names: no image was found
                 raise UserError(f"--data {args.data}: 100 unreadable images on end, up to "
                                 f"{paths.split(chr(0))[-1]!r}")
         pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
@@ -611,11 +604,11 @@ def build_optimizers(module, weight_decay):
 
     Muon (Jordan et al., 2024) replaces a matrix's momentum by roughly the nearest orthogonal
     matrix: all its directions move about equally far. These steps are scaled to AdamW's size, so
-    that one learning rate serves both. Biases, norms, position and class embeddings (by the names
-    that our and torchvision's networks give them) and log alpha do not decay."""
+    that one learning rate serves both. Biases, norms, scales, position and class embeddings (by the
+    names that our and torchvision's networks give them) and log alpha do not decay."""
     inner, decaying, exempt = [], [], []
     for name, p in module.named_parameters():
-        if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table")):
+        if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale")):
             exempt.append(p)
         elif p.ndim == 2 and name.startswith("model.") and name != "model.head.weight":
             inner.append(p)
@@ -699,6 +692,11 @@ def resume(args, module, optimizers):
                             "take another --out, or --no-resume")
         load_checkpoint(path, module, optimizers)
         print0(f"resuming  after step {step}")
+    if WORLD_SIZE > 1:
+        steps = [None] * WORLD_SIZE
+        dist.all_gather_object(steps, step)
+        if min(steps) < max(steps):
+            raise UserError(f"{path} is not the same for all processes: share --out among machines")
     if RANK == 0:
         lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
         kept = "".join(line for line in lines               # the last may be torn
@@ -732,10 +730,10 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
         return torch.cat([model(part) for part in y.split(chunk)]).double()
     def walk(y, num_steps=1):                                                   # (K, M, 3, S, S)
         return torch.cat([restore(model, part, alpha, num_steps) for part in y.split(chunk)], 1)
+    def mean(values):
+        return values.double().mean().item()
     def decibels(y, where=...):
-        return psnr((y - x)[where].square().double().mean().item())
-    def share(condition):
-        return condition.double().mean().item()
+        return psnr(mean((y - x)[where].square()))
     clean, psnr_clean = energy(x), decibels(walk(x)[0])
     s = torch.linspace(1 / len(x), 1, len(x), device=x.device).view(-1, 1, 1, 1)
     for task in tasks:
@@ -747,11 +745,10 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
         ranks = [(v[:, None] - v).sign().sum(1) for v in (rise, distance)]  # centred; ties share
         regions = {"": ...} | ({"_hidden": x_tilde != x} if task == "mim" else {})
         metrics[task] = {
-            "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
-            "energy_restored": restored[-1].mean().item(), "order": share(clean < corrupted),
-            "order_quarter": share(clean < energy(quarter)),
-            "auroc": share(clean[:, None] < corrupted), "descent": share(restored[0] < corrupted),
-            "psnr_clean": psnr_clean,
+            "energy_clean": mean(clean), "energy_corrupted": mean(corrupted),
+            "energy_restored": mean(restored[-1]), "psnr_clean": psnr_clean,
+            "order": mean(clean < corrupted), "order_quarter": mean(clean < energy(quarter)),
+            "auroc": mean(clean[:, None] < corrupted), "descent": mean(restored[0] < corrupted),
             "psnr_quarter": [decibels(quarter), decibels(walk(quarter)[0])],
             "rank_correlation": F.cosine_similarity(*ranks, dim=0).item(),
             "slope": (2 * alpha * rise / distance).nanmedian().item()}  # 0 / 0: nothing to corrupt
@@ -840,7 +837,7 @@ def check_finite(recent, step):
     for i, (loss, norm) in enumerate(values.tolist()):
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step - len(recent) + 1 + i}: loss {loss}, gradient norm {norm}"
-                            "; the last checkpoint is whole; try a lower --lr")
+                            "; not saved; try a lower --lr")
     recent.clear()
     return values[:, 0].mean().item(), values[-1, 1].item()
 
@@ -871,9 +868,9 @@ def corrupt_batch(args, pretrainer, x, step):
     Several tasks are dealt out in turn to the images of all processes. Two kinds of images teach a
     step to leave what is nearly clean as it is. A share 1 - args.full_share is corrupted with a
     strength s = u^2 only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared
-    errors fall with s^2. And one of args.walk_every in each task first goes the walk of Eq. (2), no
-    graph kept, and is trained from its end: a second walk begins there, and no corruption errs as a
-    restored image does."""
+    errors fall with s^2. And one image in args.walk_every of each task is first restored, without a
+    graph, and trained from where it then is: restored images err as no corruption does, and a
+    second walk would begin at one."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
     first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
@@ -886,8 +883,8 @@ def corrupt_batch(args, pretrainer, x, step):
     def uniform(count):
         return torch.rand(count, 1, 1, 1, generator=generator, device=x.device)
     if args.order_weight:
-        some = slice(max(1, len(x) // 16))
-        x_s = torch.lerp(x[some], x_tilde[some], uniform(len(x[some])).clamp(min=0.05))
+        n = max(1, len(x) // 16)
+        x_s = torch.lerp(x[:n], x_tilde[:n], uniform(n).clamp(min=0.05))
     s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
     x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
     walking = [i for i in range(len(x))
@@ -963,8 +960,7 @@ LABELLED = 4096         # at most so many images vote, and as many held-out ones
 class Classifier(nn.Module):
     """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
     stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
-    of masked autoencoders (He et al., 2022): four blocks fine-tuned on 200 digits reached 87% with
-    it, 77% without, 75% with its statistics fixed before training."""
+    of masked autoencoders (He et al., 2022)."""
 
     def __init__(self, model, num_classes, freeze=False):
         super().__init__()
@@ -1013,7 +1009,8 @@ def benchmark(args, repetitions=10):
     """Print what training steps cost, timed side by side, all under AdamW, with one restoration
     step; return {row: median seconds}. "ops" is a row's ratio to `supervised` in operations."""
     device = set_up_device(args)
-    cuda, size = device.type == "cuda", (args.batch_size, 3, args.image_size, args.image_size)
+    cuda = device.type == "cuda"
+    size = args.batch_size // WORLD_SIZE, 3, args.image_size, args.image_size
     x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
     pretrainer = build_pretrainer(args, x)
     energy, pretrainer.num_steps = pretrainer.model, 1
@@ -1128,7 +1125,9 @@ def check_args(args):
             require(0 < value < math.inf or value == 0 and name in zero_too, name,
                     "must be 0 or more" if name in zero_too else "must be above 0")
     require(args.seed < 2**64, "seed", "must be below 2^64")
-    require(args.device.split(":")[0] in ("cpu", "cuda"), "device", "give cpu, cuda or cuda:N")
+    require(args.device in ("cpu", "cuda", *(f"cuda:{i}" for i in range(128))), "device",
+            "give cpu, cuda or cuda:N")
+    require(args.finetune or not args.freeze, "freeze", "is for --finetune")
     require(args.full_share <= 1, "full_share", "must be 1 or less")
     require(args.batch_size % WORLD_SIZE == 0, "batch_size",
             f"must be a multiple of the {WORLD_SIZE} processes")
@@ -1187,7 +1186,7 @@ def build_pretrainer(args, images):
         freeze_unused(pretrainer, images[:2])
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, AssertionError, RuntimeError) as error:     # torchvision asserts
         raise UserError(f"--model {args.model} at {args.image_size} pixels: {error}".split("\n")[0])
     return pretrainer
 

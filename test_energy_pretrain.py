@@ -501,11 +501,13 @@ def test_read_image_decodes_what_people_have(tmp_path):
             assert all(abs(a - b) < 12 for a, b in zip(got, expected)), (path.name, got)
 
 
-def test_read_image_turns_a_photograph_upright_and_papers_transparency(tmp_path):
+def test_read_image_turns_photographs_upright_and_knows_scans_and_papers_transparency(tmp_path):
     image, exif = Image.new("RGB", (40, 20)), Image.Exif()
     exif[274] = 6                                       # the camera was held on its side
     image.save(tmp_path / "turned.jpg", exif=exif)
     assert ep.read_image(tmp_path / "turned.jpg", 64).size == (20, 40)
+    Image.new("I;16B", (4, 4), 128 * 256).save(tmp_path / "scan.tif")
+    assert ep.read_image(tmp_path / "scan.tif", 64).getpixel((0, 0)) == (128, 128, 128)
     Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert ep.read_image(tmp_path / "clear.png", 64).getpixel((0, 0)) == (255, 255, 255)
 
@@ -596,12 +598,13 @@ def test_muon_moves_the_inner_matrices_and_only_matrices_decay():
     assert len(ep.build_optimizers(torch.nn.Linear(2, 2), 0.1)) == 1        # no inner matrices
 
 
-@pytest.mark.parametrize("name", ["vit_b_16", "swin_t"])
-def test_positions_in_torchvision_networks_do_not_decay(name):
+@pytest.mark.parametrize("name", ["vit_b_16", "swin_v2_t", "convnext_tiny"])
+def test_positions_and_scales_in_torchvision_networks_do_not_decay(name):
     pretrainer = ep.Pretrainer(ep.build_model(name, 32))
     exempt = {id(p) for p in ep.build_optimizers(pretrainer, 0.1)[0].param_groups[1]["params"]}
-    positions = [p for name, p in pretrainer.named_parameters() if "pos" in name and p.ndim > 1]
-    assert positions and all(id(p) in exempt for p in positions)
+    spared = [p for name, p in pretrainer.named_parameters()
+              if p.ndim > 1 and ("pos_" in name or "_table" in name or "_scale" in name)]
+    assert spared and all(id(p) in exempt for p in spared)
 
 
 @given(st.integers(0, 20), st.integers(1, 200), st.sampled_from([64, 256, 1024]))
@@ -892,6 +895,7 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--model", "resnet19"], "--model resnet19: choose from nano"),
     (["--model", "mobilenet_v3_small"], "mobilenet_v3_small at 16 pixels: derivative for"),
     (["--model", "inception_v3"], "--model inception_v3 at 16 pixels: "),
+    (["--model", "vit_b_32"], "--model vit_b_32 at 16 pixels: Input shape indivisible by patch"),
     (["--image-size", "18", "--task", "denoise"],
      "--model nano at 18 pixels: image size 18 is not divisible by patch size 4"),
     (["--benchmark", "--model", "squeezenet1_0"], "does not end in a linear layer"),
@@ -904,7 +908,9 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--epochs", "0"], "--epochs 0: must be above 0"),
     (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two images"),
     (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
-    (["--device", "cuda:x"], "--device cuda:x"),
+    (["--device", "cuda:x"], "--device cuda:x: give cpu, cuda or cuda:N"),
+    (["--device", "cpu:1"], "--device cpu:1: give cpu, cuda or cuda:N"),
+    (["--freeze"], "--freeze True: is for --finetune"),
     (["--device", "meta"], "--device meta: give cpu, cuda or cuda:N"),
     (["--seed", str(2**64)], f"--seed {2**64}: must be below 2^64"),
     (["--sort-grid", "1"], "--sort-grid 1: must divide the image size, 16, and be above 1"),
@@ -980,6 +986,17 @@ def test_training_held_out_and_calibration_images_are_drawn_apart(tmp_path, monk
     monkeypatch.setattr(ep, "image_batches", batches)
     ep.main([*TINY, "--out", str(tmp_path)])
     assert len({hash(seed) for seed in seeds}) == 3, seeds      # hash(-1) == hash(-2)
+
+
+def test_processes_that_see_different_checkpoints_do_not_train(tmp_path, monkeypatch):
+    args, other = argparse.Namespace(resume=True, out=str(tmp_path)), [0]
+    monkeypatch.setattr(ep, "WORLD_SIZE", 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object",
+                        lambda steps, own: steps.__setitem__(slice(None), [own, *other]))
+    assert ep.resume(args, None, []) == 0
+    other[0] = 4
+    with pytest.raises(ep.UserError, match="share --out among machines"):
+        ep.resume(args, None, [])
 
 
 def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
@@ -1217,10 +1234,14 @@ def test_benchmark_times_every_way_and_counts_operations(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda *a, **k: compile(*a, **k, backend="aot_eager"))
     build, built = ep.build_pretrainer, []
     monkeypatch.setattr(ep, "build_pretrainer", lambda *a: built.append(build(*a)) or built[0])
-    medians = ep.main([*TINY, "--benchmark", "--batch-size", "1", "--num-steps", "2"])
+    monkeypatch.setattr(ep, "WORLD_SIZE", 4)    # one of four processes, its images alone
+    monkeypatch.setattr(ep, "set_up_device", lambda args: torch.device("cpu"))
+    medians = ep.main([*TINY, "--benchmark", "--batch-size", "4", "--num-steps", "2"])
     assert built[0].num_steps == 1              # as in the row that is written for one step only
     assert len(medians) == 6 and all(seconds > 0 for seconds in medians.values())
-    ops = [float(line.split()[-3]) for line in capsys.readouterr().out.splitlines()[2:]]
+    first, _, *lines = capsys.readouterr().out.splitlines()
+    assert "16 px, batch 1;" in first
+    ops = [float(line.split()[-3]) for line in lines]
     assert ops[1:3] == [1, 1] and ops[0] == pytest.approx(1 / 3, abs=0.05)
     assert all(1.9 < ratio < 2.5 for ratio in ops[3:])
 
