@@ -414,7 +414,7 @@ def fail(error):
 # ---- 6. Data -----------------------------------------------------------------------------------
 # Landscapes drawn on the spot, or image files. What step n trains on follows from (seed, n), so a
 # run that was stopped goes on with what it would have seen: the same files with any number of
-# processes, the same landscapes and corruptions only with as many as before.
+# processes, the same landscapes and corruptions only with as many, on the same kind of device.
 
 EPOCH_OF_LANDSCAPES = 1_281_167     # they have no end; as many as ImageNet-1K count as one epoch
 HELD_OUT = 256                      # crops of images never trained on that a run is evaluated on
