@@ -71,11 +71,13 @@ class UserError(Exception):
 
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
-    return F.pixel_unshuffle(x, patch).flatten(2).transpose(1, 2).contiguous()
+    x = F.pixel_unshuffle(x, patch)                             # (B, C*P*P, H/P, W/P)
+    return x.flatten(2).transpose(1, 2).contiguous()                            # (B, N, C*P*P)
 
 def unpatchify(patches, patch, height):
     """Undo `patchify`: put patches (B, N, C*P*P) back into images (B, C, H, W) of this height."""
-    return F.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (height // patch, -1)), patch)
+    x = patches.transpose(1, 2).unflatten(2, (height // patch, -1))     # (B, C*P*P, H/P, W/P)
+    return F.pixel_shuffle(x, patch)                                            # (B, C, H, W)
 
 def psnr(mean_squared_error):
     """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
