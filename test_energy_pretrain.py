@@ -836,6 +836,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(SCRIPT).parent)}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators decide for themselves")
+def test_the_allocator_keeps_what_a_step_frees():
+    ep.set_up_device(argparse.Namespace(device="cpu"))
+    def pages_after_a_step():
+        [torch.ones(2**19) for _ in range(32)]          # 64 MiB, 16,384 pages of 4 KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    first, second = pages_after_a_step(), pages_after_a_step()
+    assert second - first < 1000, f"{second - first} pages were cleared anew"
+
+
 def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch):
     shared, stores = torch.distributed.HashStore(), []
     monkeypatch.setattr(ep, "WORLD_SIZE", 2)
@@ -1110,6 +1120,12 @@ def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, capsy
         assert "accuracy" in json.loads((tmp_path / name / "log.jsonl").read_text())
         assert ep.main(["--evaluate", "--device", "cpu", "--out", str(tmp_path / name)]) == metrics
     assert "to train on: 8 images" in capsys.readouterr().out
+
+
+def test_one_process_takes_the_vote_for_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(ep, "RANK", 1)
+    monkeypatch.setattr(ep, "knn_accuracy", None)       # calling it would raise TypeError
+    assert ep.main([*TINY, "--finetune", "scratch", "--labels", "4", "--out", str(tmp_path)]) == {}
 
 
 def test_labels_are_the_first_folders_and_stay_with_their_images(tmp_path):
