@@ -139,13 +139,14 @@ def corrupt(x, task, generator, strength=1.0, **options):
     """Corrupt images: x + s (x_tilde - x), where x_tilde is what the task's verb makes of x.
 
     x: (B, 3, S, S) in [-1, 1], never written to. task: one of TASKS. generator: the source of every
-    random choice, on x's device. strength s: one number or one per image (B,), in [0, 1]; 0 gives
-    x and 1 the full corruption, exactly. options: those named in CORRUPTIONS; what another task
-    uses is ignored, so one dict serves all. Returns a new tensor of x's shape and dtype."""
+    random choice, on x's device. strength s: a number, or a tensor (B,), in [0, 1]; 0 gives x and 1
+    the full corruption, exactly. options: those named in CORRUPTIONS; what another task uses is
+    ignored, so one dict serves all. Returns a new tensor of x's shape and dtype."""
     verb, names, _ = CORRUPTIONS[task]
     x_tilde = verb(x, generator, **{name: options[name] for name in names if name in options})
-    s = torch.as_tensor(strength, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1)
-    return torch.lerp(x, x_tilde, s)          # exact at both ends, unlike x + s * (x_tilde - x)
+    if torch.is_tensor(strength):               # a number made a tensor would wait for the GPU
+        strength = strength.to(x).view(-1, 1, 1, 1)
+    return torch.lerp(x, x_tilde, strength)     # exact at both ends, unlike x + s * (x_tilde - x)
 
 # ---- 3. The energy -----------------------------------------------------------------------------
 # A plain pre-norm Vision Transformer. Names and shapes of the parameters are timm's, so that the
@@ -166,7 +167,7 @@ class Attention(nn.Module):
         x = self.attend(*qkv.permute(2, 0, 3, 1, 4))                            # (B, h, T, D/h)
         return self.proj(x.transpose(1, 2).flatten(2))
 
-    def attend(self, q, k, v):
+    def attend(self, q, k, v):              # `benchmark` puts a fused kernel here
         weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)    # (B, h, T, T)
         return weights @ v
 
@@ -229,7 +230,7 @@ class ViT(nn.Module):
         waves = torch.cos(place @ (0.7 * torch.randn(2, dim)) + 2 * math.pi * torch.rand(dim))
         self.pos_embed[0, 1:] = 0.6 * math.sqrt(2) * waves      # of root mean square 0.6
         for block in self.blocks:
-            query, key, value = block.attn.qkv.weight.chunk(3)                  # (D, D) each
+            query, key, value = block.attn.qkv.weight.chunk(3)          # (D, D) each, not copies
             key.copy_(query)
             block.attn.proj.weight.copy_(-value.T)
 
@@ -258,7 +259,7 @@ class ViT(nn.Module):
 def backbone_state(model):
     """The weights of use elsewhere: all but the read-out, under the network's own names."""
     state = getattr(model, "net", model).state_dict()
-    return {name: value for name, value in state.items() if name != "head.weight"}
+    return {name: value.cpu() for name, value in state.items() if name != "head.weight"}
 
 class TorchvisionEnergy(nn.Module):
     """A torchvision classification network, its last, linear layer replaced by an energy read-out.
@@ -297,10 +298,9 @@ def build_model(name, image_size=32, patch_size=None):
     name: one of VIT_SIZES, or a torchvision classification model. patch_size is for the ViTs: by
     default 16, below 128 pixels 4. In evaluation mode also while training: an energy is a function
     of one image, so no dropout and no batch statistics. ValueError if name or size is wrong."""
-    if name in VIT_SIZES:
-        patch_size = patch_size or (4 if image_size < 128 else 16)
-        return ViT(image_size, patch_size, *VIT_SIZES[name]).eval()
-    return TorchvisionEnergy(name, image_size).eval()
+    if name not in VIT_SIZES:
+        return TorchvisionEnergy(name, image_size).eval()
+    return ViT(image_size, patch_size or (4 if image_size < 128 else 16), *VIT_SIZES[name]).eval()
 
 # ---- 4. Restoration and loss: Eq. (2), (3) and (4) ---------------------------------------------
 
@@ -329,7 +329,7 @@ def order_loss(energy_fn, x, x_s, alpha):
     which is |x_s - x|^2 / (2 alpha) if all land on x. Real steps fall short, so a quarter of this
     ideal is asked for. The loss is what is missing, as a share of the ideal, averaged over images;
     where the ideal is small, |x_s - x|^2 < 1, summed over pixels, an image counts less."""
-    ideal = (x_s - x).square().flatten(1).sum(1) / 2                            # (B,)
+    ideal = (x_s - x).square().flatten(1).sum(1) / 2        # alpha times as large, (B,)
     above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
     return (F.relu(ideal / 4 - alpha * (above - below)) / ideal.clamp(min=0.5)).mean()  # Eq. (4)
 
@@ -363,12 +363,10 @@ class Pretrainer(nn.Module):
                             x_s, self.order_weight)
 
 def freeze_unused(pretrainer, x):
-    """Freeze the parameters that never enter dE/dx.
-
-    What only shifts the energy has no part in its gradient, so it never learns, and DDP would
-    refuse the next step: that is why the read-out has no bias, and the last LayerNorm of vit_b_16
-    loses its own. One dry run finds such parameters in any network. UserError if no gradient
-    differs from zero; RuntimeError if an operation has no second derivative."""
+    """Freeze the parameters that only shift the energy: having no part in dE/dx they never learn,
+    and DDP would refuse the next step. So the read-out has no bias, and the last LayerNorm of
+    vit_b_16 loses its own. One dry run, with any x_tilde, finds them in any network. UserError if
+    no gradient differs from zero; RuntimeError if an operation has no second derivative."""
     pretrainer(x, x / 2).backward()     # behind a zero read-out most gradients are 0, not None
     if not any(p.grad is not None and p.grad.any() for p in pretrainer.parameters()):
         raise UserError("--model: no gradient reaches this network's parameters through dE/dx")
@@ -377,8 +375,7 @@ def freeze_unused(pretrainer, x):
     pretrainer.zero_grad()
 
 # ---- 5. Processes ------------------------------------------------------------------------------
-# torchrun starts one process per GPU and tells each its place in environment variables. A process
-# alone is the same program in a world of one.
+# torchrun tells each process its place in environment variables; alone, it is a world of one.
 
 RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
                                 (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
@@ -411,14 +408,6 @@ def set_up_device(args):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
                                 rank=RANK, world_size=WORLD_SIZE)
     return device
-
-def fail(error):
-    """Say it once and exit with status 2. Under torchrun rank 0 speaks; the others wait for
-    torchrun to end them, and speak only if rank 0 had nothing to say."""
-    if RANK:
-        time.sleep(20)
-    print("energy_pretrain.py: error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    sys.exit(2)
 
 # ---- 6. Data -----------------------------------------------------------------------------------
 # Landscapes drawn on the spot, or image files. What step n trains on follows from (seed, n), so a
@@ -523,7 +512,7 @@ class Crops(torch.utils.data.Dataset):
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):    # Pillow's
                 unreadable.append(self.source[(index + i) % len(self.source)][0])
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return self.crop(image), label, "\0".join(unreadable)
 
 def open_data(args):
@@ -666,7 +655,7 @@ def save_checkpoint(args, module, optimizers, step):
         "module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
         "step": step, "config": vars(args),
         "versions": [str(torch.__version__), str(torchvision.__version__)]}
-    backbone = {name: p.cpu() for name, p in backbone_state(module.model).items()}
+    backbone = backbone_state(module.model)
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
@@ -744,7 +733,7 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
     def decibels(y, where=...):
         return psnr(mean((y - x)[where].square()))
     clean, psnr_clean = energy(x), decibels(walk(x)[0])
-    s = torch.linspace(1 / len(x), 1, len(x), device=x.device).view(-1, 1, 1, 1)
+    s = torch.linspace(1 / len(x), 1, len(x), device=x.device).view(-1, 1, 1, 1)    # one an image
     for task in tasks:
         x_tilde = corrupt(x, task, make_generator(x.device, -2, TASKS.index(task)), **options)
         x_hat, corrupted = walk(x_tilde, pretrainer.num_steps), energy(x_tilde)
@@ -760,7 +749,8 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
             "auroc": mean(clean[:, None] < corrupted), "descent": mean(restored[0] < corrupted),
             "psnr_quarter": [decibels(quarter), decibels(walk(quarter)[0])],
             "rank_correlation": F.cosine_similarity(*ranks, dim=0).item(),
-            "slope": (2 * alpha * rise / distance).nanmedian().item()}  # 0 / 0: nothing to corrupt
+            # 0 / 0, where there was nothing to corrupt, is left out; if there is only that, 0
+            "slope": (2 * alpha * rise / distance).nanmedian().nan_to_num().item()}
         for region, where in regions.items():
             metrics[task]["psnr_corrupted" + region] = decibels(x_tilde, where)
             metrics[task]["psnr_restored" + region] = [decibels(x_k, where) for x_k in x_hat]
@@ -795,8 +785,7 @@ def draw_picture(pretrainer, x, tasks, options):
     tiles = torch.cat([row for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))     # nearest neighbour
     grid = torchvision.utils.make_grid(tiles, nrow=len(x), padding=4, pad_value=1.0)
-    picture = Image.new("RGB", (grid.shape[2] + 120, grid.shape[1]), "white")
-    picture.paste(v2.functional.to_pil_image(grid), (120, 0))
+    picture = ImageOps.expand(v2.functional.to_pil_image(grid), (120, 0, 0, 0), "white")
     for i, (name, _) in enumerate(rows):        # beside the middle of its row
         ImageDraw.Draw(picture).text((8, (i + 0.5) * (tiles.shape[2] + 4) - 4), name, fill="black")
     return picture
@@ -806,12 +795,12 @@ def draw_picture(pretrainer, x, tasks, options):
 LOG_EVERY = 50          # steps
 
 def autocast(device):
-    """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient."""
+    """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient. (It
+    moves dE/dx by half a per cent in a ViT or a ConvNeXt, by half in a ResNet: kinks of ReLUs.)"""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 def try_compile(args, pretrainer, x):
-    """Compile the loss, restorations and all, into one graph for as many images as x (B, 3, S, S);
-    keep the eager one if that fails."""
+    """Compile the loss, restorations and all, for images like x (B, 3, S, S), or keep it eager."""
     pretrainer.loss_fn = torch.compile(energy_loss, fullgraph=True)
     try:
         with autocast(x.device):
@@ -820,7 +809,8 @@ def try_compile(args, pretrainer, x):
         raise
     except Exception as error:      # the compiler's errors have no common class
         pretrainer.loss_fn = energy_loss
-        print0(f"warning: not compiled, going on without ({type(error).__name__})", file=sys.stderr)
+        words = f"{type(error).__name__}: {error}".split("\n")[0]   # from each, as one slows all
+        print(f"warning: process {RANK} goes on without compiling ({words})", file=sys.stderr)
 
 def train_step(module, optimizers, inputs, rate):
     """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
@@ -847,7 +837,6 @@ def check_finite(recent, step):
         if not math.isfinite(loss + norm):
             raise UserError(f"step {step - len(recent) + 1 + i}: loss {loss}, gradient norm {norm}"
                             "; not saved; try a lower --lr")
-    recent.clear()
     return values[:, 0].mean().item(), values[-1, 1].item()
 
 def log_progress(record, args):
@@ -882,7 +871,8 @@ def corrupt_batch(args, pretrainer, x, step):
     second walk would begin at one."""
     tasks, options = args.task.split(","), corruption_options(args)
     generator = make_generator(x.device, args.seed, step, RANK, 1)
-    first = hash((args.seed, step)) + RANK * len(x)         # the turn of this process's first image
+    # the turn of this process's first image; hashed, so that the spare turns fall to all tasks
+    first = hash((args.seed, step)) + RANK * len(x)
     mean_weight = statistics.mean(CORRUPTIONS[task][2] for task in tasks)
     x_tilde, weights, x_s = torch.empty_like(x), x.new_empty(len(x)), None
     for i in range(min(len(tasks), len(x))):
@@ -925,10 +915,9 @@ def stop_signals(world_size):
             signal.signal(number, handler)
 
 def train(args, module, optimizers, crops, device, first_step):
-    """Take the steps after first_step up to max_steps, logging and saving on the way. module is a
-    Pretrainer, or with args.finetune a Classifier."""
-    # Gradients are averaged in buckets while the backward pass goes on; the usual 25 MiB would hold
-    # nearly all of a small network until its end. (Compiled, they come all at once at the end.)
+    """Take the steps after first_step. module: a Pretrainer, or with args.finetune a Classifier."""
+    # Buckets of 5 MiB are averaged while the backward pass goes on; one of the usual 25 would hold
+    # a small network's gradients until its end, where compiled ones come anyway.
     wrapped = module if WORLD_SIZE == 1 else DistributedDataParallel(module, bucket_cap_mb=5)
     batches = image_batches(args, crops, device, args.batch_size, range(first_step, args.max_steps),
                             args.seed, RANK, WORLD_SIZE, args.workers)
@@ -947,12 +936,14 @@ def train(args, module, optimizers, crops, device, first_step):
             if log and RANK == 0:
                 record = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate,
                           "images_per_second": images_since / (time.perf_counter() - since)}
+                since, images_since = time.perf_counter(), 0        # what follows takes time, too
                 task = args.task.split(",")[step // LOG_EVERY % (args.task.count(",") + 1)]
                 record |= {"accuracy": module.accuracy(x, labels)} if args.finetune else {
                     "task": task, "alpha": module.log_alpha.exp().item(),
-                    **evaluate(module, x, [task], corruption_options(args))[task]}
+                    **evaluate(module, x[:32], [task], corruption_options(args))[task]}
                 log_progress(record, args)
-                since, images_since = time.perf_counter(), 0
+            if log:
+                recent.clear()
             if save and RANK == 0:
                 save_checkpoint(args, module, optimizers, step)
             if stop:
@@ -1171,12 +1162,11 @@ def parse_args(argv):
     if "finetune" in typed:
         name = "scratch" if typed["finetune"] == "scratch" else "finetune"
     defaults["out"] = "runs/" + name.replace(",", "-")
-    saved, kept = {}, {"model", "image_size", "patch_size", "data", "augment"}
+    start, kept = typed.get("finetune"), {"model", "image_size", "patch_size", "data", "augment"}
     if "evaluate" in typed:
-        saved, _ = load_checkpoint(Path(typed.get("out", defaults["out"]), "checkpoint.pt"))
+        start = Path(typed.get("out", defaults["out"]), "checkpoint.pt")
         kept = defaults.keys() - FREE_FIELDS
-    elif typed.get("finetune", "scratch") != "scratch":
-        saved, _ = load_checkpoint(typed["finetune"])
+    saved = {} if start in (None, "scratch") else load_checkpoint(start)[0]
     saved = {name: saved[name] for name in kept & saved.keys()}
     args = argparse.Namespace(**defaults | saved | typed)
     args.task = ",".join(TASKS) if args.task == "all" else args.task
@@ -1237,7 +1227,7 @@ def run(args):
     else:
         optimizers = build_optimizers(module, args.weight_decay)
         first_step = resume(args, module, optimizers)
-        if args.compile and not args.finetune:
+        if args.compile and not args.finetune and first_step < args.max_steps:
             size = args.batch_size // WORLD_SIZE, 3, args.image_size, args.image_size
             try_compile(args, module, torch.zeros(size, device=device))
         train(args, module, optimizers, crops[0], device, first_step)
@@ -1256,7 +1246,7 @@ def run(args):
             write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
         write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(device_ids=device.index if device.index is None else [device.index])
         dist.destroy_process_group()
     return metrics
 
@@ -1267,15 +1257,19 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         return benchmark(args) if args.benchmark else run(args)
-    except UserError as error:
-        fail(error)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not out_of_memory and "can't allocate memory" not in str(error):     # the CPU's words
+    except (UserError, RuntimeError, MemoryError) as error:
+        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
+                or "can't allocate memory" in str(error)):              # the CPU's words
+            error = "out of memory; a smaller --batch-size, --image-size or --model would fit"
+        elif not isinstance(error, UserError):
             raise
-        fail("out of memory; a smaller --batch-size, --image-size or --model would fit")
+        if RANK:        # rank 0 speaks for all; these only if torchrun does not end them first
+            time.sleep(20)
+        error = " ".join(str(error).split())
+        print(f"energy_pretrain.py: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 if __name__ == "__main__":
     main()

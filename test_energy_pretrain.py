@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -720,11 +721,11 @@ def test_one_compilation_serves_all_tasks(tmp_path, monkeypatch):
 
 def test_a_failed_compilation_is_said_in_one_line_and_done_without(tmp_path, capsys, monkeypatch):
     def compile(*args, **options):
-        return lambda *inputs: 1 / 0
+        return lambda *inputs: [][0]
     monkeypatch.setattr(torch, "compile", compile)
     assert "sr" in ep.main([*TINY, "--task", "sr", "--compile", "--out", str(tmp_path)])
-    assert capsys.readouterr().err == (
-        "warning: not compiled, going on without (ZeroDivisionError)\n")
+    assert capsys.readouterr().err == ("warning: process 0 goes on without compiling "
+                                       "(IndexError: list index out of range)\n")
 
 
 def test_running_out_of_memory_is_no_failed_compilation(tmp_path, capsys, monkeypatch):
@@ -744,6 +745,36 @@ def files_equal(one, other):
                 for v in state.values()] for d in (a, b)]
     return all(torch.equal(x, y)
                for x, y in zip(flat[0] + moments[0], flat[1] + moments[1], strict=True))
+
+
+def test_a_finished_run_compiles_nothing(tmp_path, monkeypatch):
+    metrics = ep.main([*TINY, "--task", "sr", "--out", str(tmp_path)])
+    monkeypatch.setattr(ep, "try_compile", None)        # calling it would raise TypeError
+    assert ep.main([*TINY, "--task", "sr", "--compile", "--out", str(tmp_path)]) == metrics
+
+
+def test_logging_looks_at_few_images_and_its_time_counts(tmp_path, monkeypatch):
+    real, sizes, found = ep.evaluate, [], []
+    def evaluate(pretrainer, x, *more):
+        sizes.append(len(x))
+        if not found:                   # the first takes long, the others no time at all
+            found.append(real(pretrainer, x, *more))
+            time.sleep(1)
+        return found[0]
+    monkeypatch.setattr(ep, "evaluate", evaluate)
+    monkeypatch.setattr(ep, "LOG_EVERY", 1)
+    ep.main([*TINY, "--task", "sr", "--batch-size", "40", "--max-steps", "3",
+             "--out", str(tmp_path)])
+    rates = [json.loads(line)["images_per_second"] for line in (tmp_path / "log.jsonl").open()]
+    assert sizes == [32, 32, 32, 24] and rates[1] < 40 and rates[2] > 2 * rates[1], rates
+
+
+def test_the_log_does_not_depend_on_when_checkpoints_are_saved(tmp_path):
+    records = []
+    for every in ("3", "4"):
+        ep.main([*TINY, "--task", "sr", "--save-every", every, "--out", str(tmp_path / every)])
+        records.append(json.loads((tmp_path / every / "log.jsonl").read_text()))
+    assert records[0]["loss"] == records[1]["loss"]
 
 
 def test_command_line_end_to_end(tmp_path, capsys):
@@ -806,8 +837,10 @@ def test_evaluate_passes_over_images_without_colour():
     x[:2] = corrupted(x, "color", 0)[:2]
     row = ep.evaluate(ep.Pretrainer(tiny_vit()), x, ["color"], {})["color"]
     assert abs(row["slope"]) < 1e6
-    assert ep.evaluate(ep.Pretrainer(tiny_vit()), x[2:3], ["color"], {})["color"][
-        "rank_correlation"] == 0            # of a single image: not NaN, which JSON has not
+    row = ep.evaluate(ep.Pretrainer(tiny_vit()), x[2:3], ["color"], {})["color"]
+    assert row["rank_correlation"] == 0     # of a single image: not NaN, which JSON has not
+    row = ep.evaluate(ep.Pretrainer(tiny_vit()), 0 * x, ["sort"], {})["sort"]
+    assert row["slope"] == 0                # of black images: not NaN either
 
 
 @pytest.mark.parametrize("data", ["procedural", "folder"])
@@ -975,17 +1008,18 @@ def test_wrong_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
     ep.main([*base, "--no-resume", "--max-steps", "5"])
 
 
+@pytest.mark.parametrize("where", ["run", "build_model"])
 @pytest.mark.parametrize("error, said", [
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "out of memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "error: out of memory"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory"),
     (RuntimeError("illegal memory access"), None)])
-def test_only_a_lack_of_memory_is_called_one(capsys, monkeypatch, error, said):
-    def run(args):
+def test_only_a_lack_of_memory_is_called_one(capsys, monkeypatch, error, said, where):
+    def fails(*args):
         raise error
-    monkeypatch.setattr(ep, "run", run)
-    with pytest.raises(SystemExit if said else RuntimeError):
+    monkeypatch.setattr(ep, where, fails)
+    with pytest.raises(RuntimeError if where == "run" and not said else SystemExit):
         ep.main(TINY)
-    assert (said or "") in capsys.readouterr().err
+    assert (said or "illegal" * (where != "run")) in capsys.readouterr().err
 
 
 def test_training_held_out_and_calibration_images_are_drawn_apart(tmp_path, monkeypatch):
