@@ -23,7 +23,7 @@ from PIL import Image
 
 import energy_pretrain as ep
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)      # small tensors: two threads wait for each other, on a busy CPU most
 settings.register_profile("here", derandomize=True, deadline=None, max_examples=25)
 settings.load_profile("here")
 
