@@ -1246,7 +1246,7 @@ def run(args):
             write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
         write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     if dist.is_initialized():
-        dist.barrier(device_ids=device.index if device.index is None else [device.index])
+        dist.barrier(device_ids=None if device.index is None else [device.index])
         dist.destroy_process_group()
     return metrics
 
