@@ -109,6 +109,7 @@ def test_corrupt_strength_goes_from_nothing_to_all_image_by_image(seed, task):
     full, mixed = corrupted(x, task, seed), corrupted(x, task, seed, torch.tensor([0.0, 0.5, 1.0]))
     assert torch.equal(corrupted(x, task, seed, 0.0), x)
     assert torch.equal(mixed[0], x[0]) and torch.equal(mixed[2], full[2])
+    assert corrupted(x.double(), task, seed, torch.ones(3)).dtype == torch.float64
     torch.testing.assert_close(mixed[1], (x[1] + full[1]) / 2)
 
 
