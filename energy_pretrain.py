@@ -20,21 +20,19 @@ shuffling, shrinking and greying are other ways to leave the data; the same walk
     python energy_pretrain.py --task color --data ~/Pictures   # any folder of images
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
 
-Sections. The method: 1 images and patches, 2 corruptions, 3 the energy, 4 restoration and loss, and
-from 10 `corrupt_batch`, what a step trains on. The plumbing: 5 processes, 6 data, 7 optimiser, 8
-files and checkpoints, 9 evaluation, 10 training, 11 use of the weights, 12 benchmark, 13 command
-line. Letters: B images, C channels, H W pixels (S by S if square), P patch side, N patches, T
+Sections 1 to 4 are the method, with `corrupt_batch` of 10, what a step trains on; the others are
+plumbing. Letters: B images, C channels, H W pixels (S by S if square), P patch side, N patches, T
 tokens, D width, h heads, M of anything else, K restoration steps (`num_steps`; the variable `step`
 is the optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low energy is data; mask 1 is
 hidden; pixels lie in [-1, 1].
 
 References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
-ICLR 2023 (arXiv 2302.01384). Vincent: A connection between score matching and denoising
-autoencoders, Neural Computation 2011. Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021.
-He et al.: Masked autoencoders are scalable vision learners, CVPR 2022.
-Malladi et al.: On the SDEs and scaling rules for adaptive gradient algorithms, NeurIPS 2022.
-Jordan et al.: Muon, an optimizer for hidden layers, 2024 (kellerjordan.github.io/posts/muon).
-The paper's hyper-parameters are not known to us; every default below is our choice.
+ICLR 2023 (arXiv 2302.01384; its hyper-parameters are not known to us, every default is our choice).
+Vincent: A connection between score matching and denoising autoencoders, Neural Computation 2011.
+Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021. He et al.: Masked autoencoders are
+scalable vision learners, CVPR 2022. Malladi et al.: On the SDEs and scaling rules for adaptive
+gradient algorithms, NeurIPS 2022. Jordan et al.: Muon, an optimizer for hidden layers, 2024
+(kellerjordan.github.io/posts/muon).
 """
 
 import argparse
@@ -131,8 +129,7 @@ CORRUPTIONS = {  # task: (its verb, options for how hard it is, weight against o
     "sort": (shuffle_patches, ("sort_grid",), 1),
     "sr": (lower_resolution, ("sr_factor",), 4),
     "denoise": (add_noise, ("noise_std",), 2),
-    "color": (remove_color, (), 4),
-}
+    "color": (remove_color, (), 4)}
 TASKS = tuple(CORRUPTIONS)
 
 def corrupt(x, task, generator, strength=1.0, **options):
@@ -155,7 +152,6 @@ def corrupt(x, task, generator, strength=1.0, **options):
 class Attention(nn.Module):
     """Multi-head self-attention. The softmax is written out because the fused kernels behind
     F.scaled_dot_product_attention have no second derivative, and training needs one."""
-
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -173,7 +169,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Transformer block: the tokens exchange what they know, then each computes on its own."""
-
     def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -195,7 +190,6 @@ class ViT(nn.Module):
     the layers below carry back. (With all five tasks, reading the mean token alone took three times
     as many steps to restore as well.) The D weights v start at zero, where dE/dx = 0, so
     restoration begins as the identity. The class token is not read."""
-
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=2, num_heads=3):
         super().__init__()
         if image_size % patch_size:
@@ -262,9 +256,7 @@ def backbone_state(model):
     return {name: value.cpu() for name, value in state.items() if name != "head.weight"}
 
 class TorchvisionEnergy(nn.Module):
-    """A torchvision classification network, its last, linear layer replaced by an energy read-out.
-    ValueError if the last layer is another."""
-
+    """A torchvision network, its last layer (ValueError if not linear) replaced by the read-out."""
     def __init__(self, name, image_size):
         super().__init__()
         # one output also in training mode, in which `build_pretrainer` measures batch norm
@@ -337,9 +329,8 @@ def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None,
     """Eq. (3), the mean over K steps of smooth_l1(x_k, x), plus order_weight, w, times Eq. (4): a
     scalar to train through. smooth_l1(d) is d^2 / 2 up to |d| = 1, half the range, then linear.
 
-    weight: of each image in (3), a number or (B,). x_s: the first len(x_s) of the images, corrupted
-    with strengths of their own, for (4); None leaves it out. alpha (a tensor if x_s is given) and K
-    as in `restore`."""
+    weight: of each image in (3), a number or (B,). x_s: the first len(x_s) images, corrupted with
+    strengths of their own, for (4), or None. alpha (a tensor if x_s is given) as in `restore`."""
     x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
     loss = (error.flatten(2).mean(2) * weight).mean()
@@ -351,7 +342,6 @@ class Pretrainer(nn.Module):
     """The energy, its step size, the walk and the loss in one module, as DistributedDataParallel
     averages gradients after one forward call. alpha is large, as a ViT's E is a mean over patches,
     so that dE/dx is small; it is learned as a logarithm: always positive, changed by factors."""
-
     def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.002):
         super().__init__()
         self.model, self.num_steps, self.order_weight = model, num_steps, order_weight
@@ -405,8 +395,8 @@ def set_up_device(args):
         store = next(dist.rendezvous("env://"))[0]
         if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD_SIZE):
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store,
-                                rank=RANK, world_size=WORLD_SIZE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                store=store, rank=RANK, world_size=WORLD_SIZE)
     return device
 
 # ---- 6. Data -----------------------------------------------------------------------------------
@@ -419,8 +409,7 @@ HELD_OUT = 256                      # crops of images never trained on that a ru
 NAMED_DATA = {  # name: (torchvision's class, its training split, its held-out split, classes)
     "cifar10": (torchvision.datasets.CIFAR10, {"train": True}, {"train": False}, 10),
     "cifar100": (torchvision.datasets.CIFAR100, {"train": True}, {"train": False}, 100),
-    "stl10": (torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}, 10),
-}
+    "stl10": (torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}, 10)}
 
 def draw_landscapes(batch_size, size, generator):
     """Draw images (B, 3, S, S) in [-1, 1] and the kind of their objects (B,), 0 ... 3, on the
@@ -486,7 +475,6 @@ class Crops(torch.utils.data.Dataset):
     named: collating needs a string, in which a NUL parts the names.
     Images are kept, shrunken to three times the size of the crops, some 256 MiB in each worker, so
     that a small folder of large photographs is not decoded in every epoch."""
-
     def __init__(self, source, size, augment):
         self.source, self.short_side, self.cache, self.named = source, 3 * size, {}, {""}
         steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()] if augment \
@@ -585,15 +573,13 @@ def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_si
     for pixels, labels, unreadable in torch.utils.data.DataLoader(
             crops, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda",
             worker_init_fn=ignore_signals):
-        for paths in unreadable:
-            for path in set(paths.split("\0")) - crops.named:      # each file is named once
+        for paths in (names.split("\0") for names in unreadable):
+            for path in set(paths) - crops.named:       # each file is named once
                 print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
                 crops.named.add(path)
-            if paths.count("\0") == 99:         # between a hundred names: no image was found
-                raise UserError(f"--data {args.data}: 100 unreadable images on end, up to "
-                                f"{paths.split(chr(0))[-1]!r}")
-        pixels, labels = (t.to(device, non_blocking=True) for t in (pixels, labels))
-        yield pixels.float() / 127.5 - 1, labels
+            if len(paths) == 100:                       # no image was found
+                raise UserError(f"--data {args.data}: 100 unreadable images, to {paths[-1]!r}")
+        yield pixels.to(device, non_blocking=True) / 127.5 - 1, labels.to(device, non_blocking=True)
 
 # ---- 7. Optimiser and schedule -----------------------------------------------------------------
 
@@ -604,20 +590,15 @@ def build_optimizers(module, weight_decay):
     matrix: all its directions move about equally far. These steps are scaled to AdamW's size, so
     that one learning rate serves both. Biases, norms, scales, position and class embeddings (by the
     names that our and torchvision's networks give them) and log alpha do not decay."""
-    inner, decaying, exempt = [], [], []
+    inner, decaying, exempt = [], [], []        # a ResNet has no inner ones
     for name, p in module.named_parameters():
-        if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale")):
-            exempt.append(p)
-        elif p.ndim == 2 and name.startswith("model.") and name != "model.head.weight":
-            inner.append(p)
-        else:
-            decaying.append(p)
+        spared = p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale"))
+        inside = p.ndim == 2 and name.startswith("model.") and name != "model.head.weight"
+        (exempt if spared else inner if inside else decaying).append(p)
     groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=weight_decay)]
-    if inner:       # a ResNet has none
-        optimizers.append(torch.optim.Muon(inner, lr=0.0, weight_decay=weight_decay, momentum=0.9,
-                                           adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    common = {"lr": 0.0, "weight_decay": weight_decay}
+    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common), torch.optim.Muon(
+        [{"params": inner}], momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
 
 def learning_rate(args, step):
     """The rate of 0-based `step`: linear warm-up, then half a cosine to zero. The peak is
@@ -651,10 +632,9 @@ def write_file(args, name, write):
 
 def save_checkpoint(args, module, optimizers, step):
     """Write OUT/backbone.pt, the weights to use, and OUT/checkpoint.pt, all that resuming needs."""
-    checkpoint = {
-        "module": module.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
-        "step": step, "config": vars(args),
-        "versions": [str(torch.__version__), str(torchvision.__version__)]}
+    checkpoint = {"module": module.state_dict(), "step": step, "config": vars(args),
+                  "optimizers": [o.state_dict() for o in optimizers],
+                  "versions": [str(torch.__version__), str(torchvision.__version__)]}
     backbone = backbone_state(module.model)
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
@@ -742,7 +722,11 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
         rise, distance = energy(x_s) - clean, (x_s - x).square().flatten(1).sum(1).double()
         ranks = [(v[:, None] - v).sign().sum(1) for v in (rise, distance)]  # centred; ties share
         regions = {"": ...} | ({"_hidden": x_tilde != x} if task == "mim" else {})
-        metrics[task] = {
+        row = metrics[task] = {}
+        for region, where in regions.items():
+            row["psnr_corrupted" + region] = decibels(x_tilde, where)
+            row["psnr_restored" + region] = [decibels(x_k, where) for x_k in x_hat]
+        row |= {
             "energy_clean": mean(clean), "energy_corrupted": mean(corrupted),
             "energy_restored": mean(restored[-1]), "psnr_clean": psnr_clean,
             "order": mean(clean < corrupted), "order_quarter": mean(clean < energy(quarter)),
@@ -751,28 +735,17 @@ def evaluate(pretrainer, x, tasks, options, chunk=64):
             "rank_correlation": F.cosine_similarity(*ranks, dim=0).item(),
             # 0 / 0, where there was nothing to corrupt, is left out; if there is only that, 0
             "slope": (2 * alpha * rise / distance).nanmedian().nan_to_num().item()}
-        for region, where in regions.items():
-            metrics[task]["psnr_corrupted" + region] = decibels(x_tilde, where)
-            metrics[task]["psnr_restored" + region] = [decibels(x_k, where) for x_k in x_hat]
     return metrics
 
 def print_table(metrics, num_steps):
-    def decibels(row, region=""):
-        values = [row["psnr_corrupted" + region], *row["psnr_restored" + region]]
-        return "".join(f"{value:9.2f}" for value in values)
-    print("\nPSNR in dB  corrupted" + "".join(f"   step {k + 1}" for k in range(num_steps))
-          + "   E clean  corrupted  restored  E clean lower  step lowers E")
-    for task, row in metrics.items():
-        print(f"{task:<12}{decibels(row)}{row['energy_clean']:10.3f}{row['energy_corrupted']:11.3f}"
-              f"{row['energy_restored']:10.3f}{row['order']:15.1%}{row['descent']:15.1%}")
-        if task == "mim":
-            print("  hidden px " + decibels(row, "_hidden"))
-    print("\nlow energy = data?     AUROC  E lower at 1/4  clean, step 1  1/4 corrupted, step 1"
-          "  rank corr.  slope")
-    for task, row in metrics.items():
-        before, after = row["psnr_quarter"]
-        print(f"{task:<20}{row['auroc']:8.3f}{row['order_quarter']:16.1%}{row['psnr_clean']:15.2f}"
-              f"{before:15.2f}{after:8.2f}{row['rank_correlation']:12.3f} {row['slope']:6.2f}")
+    """A row for each metric of `evaluate`, a column for each task."""
+    width = 6 * max(2, num_steps) + 3
+    print(f"\n{'(PSNR in dB)':<24}" + "".join(f"{task:<{width}}" for task in metrics))
+    for name in max(metrics.values(), key=len):         # *_hidden is there for one task only
+        digits = 2 if "psnr" in name else 3
+        cells = (torch.tensor(row.get(name, [])).flatten().tolist() for row in metrics.values())
+        texts = (" ".join(f"{value:.{digits}f}" for value in cell) for cell in cells)
+        print(f"{name:<24}" + "".join(f"{text:<{width}}" for text in texts))
 
 def draw_picture(pretrainer, x, tasks, options):
     """For every task a row each of clean, corrupted and restored images, named in the margin."""
@@ -826,17 +799,15 @@ def train_step(module, optimizers, inputs, rate):
     return torch.stack([loss.detach(), norm])
 
 def check_finite(recent, step):
-    """The mean loss and last gradient norm of the `recent` train_steps, the last being `step`.
-    Until here they stay on the device, so that nothing waits for them. Being averaged over all
-    processes, they make all raise the same UserError, which names the first bad step."""
+    """The mean loss and last gradient norm of the `recent` train_steps up to `step`. So far they
+    stayed on the device, which need not wait; averaged over processes, all raise one UserError."""
     values = torch.stack(recent)                                                # (steps, 2)
     if dist.is_initialized():
         dist.all_reduce(values)
         values /= dist.get_world_size()
-    for i, (loss, norm) in enumerate(values.tolist()):
+    for i, (loss, norm) in enumerate(values.tolist(), step - len(recent) + 1):
         if not math.isfinite(loss + norm):
-            raise UserError(f"step {step - len(recent) + 1 + i}: loss {loss}, gradient norm {norm}"
-                            "; not saved; try a lower --lr")
+            raise UserError(f"step {i}: loss {loss}, gradient norm {norm}; not saved; lower --lr")
     return values[:, 0].mean().item(), values[-1, 1].item()
 
 def log_progress(record, args):
@@ -896,23 +867,20 @@ def corrupt_batch(args, pretrainer, x, step):
     return x_tilde, weights, x_s
 
 @contextlib.contextmanager
-def stop_signals(world_size):
+def stop_signals():
     """In here Ctrl-C and SIGTERM, by which machines are taken away, only leave a note. Gives a
     function that all processes call after each step: the signal that reached any, or 0."""
     received = [0]
-    handlers = {number: signal.signal(number, lambda number, frame: received.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}
-    group = dist.new_group(backend="gloo") if world_size > 1 else None      # the GPU need not wait
     def asked_to_stop():
-        latest = torch.tensor(received[-1])
-        if group is not None:
-            dist.all_reduce(latest, dist.ReduceOp.MAX, group)
+        latest = torch.tensor(received[-1])         # on the CPU: by gloo, and no GPU need wait
+        if WORLD_SIZE > 1:
+            dist.all_reduce(latest, dist.ReduceOp.MAX)
         return latest.item()
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, lambda number, frame: received.append(number))
+            stack.callback(signal.signal, number, before)
         yield asked_to_stop
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 def train(args, module, optimizers, crops, device, first_step):
     """Take the steps after first_step. module: a Pretrainer, or with args.finetune a Classifier."""
@@ -922,7 +890,7 @@ def train(args, module, optimizers, crops, device, first_step):
     batches = image_batches(args, crops, device, args.batch_size, range(first_step, args.max_steps),
                             args.seed, RANK, WORLD_SIZE, args.workers)
     recent, since, images_since = [], time.perf_counter(), 0
-    with stop_signals(WORLD_SIZE) as asked_to_stop:
+    with stop_signals() as asked_to_stop:
         for step, (x, labels) in enumerate(batches, first_step + 1):    # 1 is the first
             inputs = (labels,) if args.finetune else corrupt_batch(args, module, x, step)
             rate = learning_rate(args, step - 1)
@@ -952,8 +920,7 @@ def train(args, module, optimizers, crops, device, first_step):
                 sys.exit(128 + stop)
 
 # ---- 11. Use of the weights --------------------------------------------------------------------
-# Did pretraining pay? The same training loop with a classifier on the backbone, and a vote among
-# nearest neighbours, which trains nothing.
+# Did pretraining pay? The same loop trains a classifier; a vote among neighbours trains nothing.
 
 LABELLED = 4096         # at most so many images vote, and as many held-out ones are classified
 
@@ -961,7 +928,6 @@ class Classifier(nn.Module):
     """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
     stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
     of masked autoencoders (He et al., 2022)."""
-
     def __init__(self, model, num_classes, freeze=False):
         super().__init__()
         self.model = model.requires_grad_(not freeze)
@@ -1068,14 +1034,12 @@ FLAGS = (  # name, type (None: a switch), default or (without CUDA, with CUDA), 
     ("--data", str, "procedural", "procedural (landscapes drawn on the spot), a folder of images, "
      f"or {', '.join(NAMED_DATA)} (downloaded to ./data)"),
     ("--augment", bool, True, "random crops and flips of the images; else the middle, as it is"),
-    ("--model", str, ("nano", "small"), f"{', '.join(VIT_SIZES)}, or a classification model of "
-     "torchvision such as resnet18"),
+    ("--model", str, ("nano", "small"), f"{', '.join(VIT_SIZES)}, or torchvision's, as resnet18"),
     ("--image-size", int, (32, 224), "side of the images in pixels"),
     ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
     ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
     ("--max-steps", int, (1500, None), "optimiser steps, if --epochs does not end before"),
-    ("--batch-size", int, (32, 128 * WORLD_SIZE), "images per optimiser step, over all "
-     "processes; with CUDA 128 for each"),
+    ("--batch-size", int, (32, 128 * WORLD_SIZE), "images per step; with CUDA 128 each process"),
     ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
     ("--weight-decay", float, 0.05, "of matrices only"),
     ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
@@ -1089,8 +1053,7 @@ FLAGS = (  # name, type (None: a switch), default or (without CUDA, with CUDA), 
     ("--sort-grid", int, 4, "sort: pieces per side"),
     ("--sr-factor", int, 4, "sr: how many times smaller"),
     ("--noise-std", float, 0.5, "denoise: standard deviation, the pixels' range being 2"),
-    ("--out", str, None, "folder for all that the run writes (default: runs/TASK; with --finetune "
-     "runs/finetune or runs/scratch)"),
+    ("--out", str, None, "folder to write to (default: runs/TASK, runs/finetune or runs/scratch)"),
     ("--save-every", int, 500, "optimiser steps between checkpoints"),
     ("--resume", bool, True, "go on from the checkpoint in --out if there is one"),
     ("--evaluate", None, False, "train nothing: table and picture of the checkpoint in --out"),
@@ -1101,8 +1064,7 @@ FLAGS = (  # name, type (None: a switch), default or (without CUDA, with CUDA), 
     ("--compile", bool, (False, True), "torch.compile the loss with its inner gradient"),
     ("--workers", int, min(8, max(1, (os.cpu_count() or 1) // 2)), "decoders per process"),
     ("--seed", int, 0, "of all that is random"),
-    ("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N"),
-)
+    ("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N"))
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1118,8 +1080,7 @@ def check_args(args):
     models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
     require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
             "classification model of torchvision")
-    zero_too = {"weight_decay", "warmup_steps", "workers", "seed", "order_weight", "full_share",
-                "walk_every"}
+    zero_too = "weight_decay warmup_steps workers seed order_weight full_share walk_every".split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             require(0 < value < math.inf or value == 0 and name in zero_too, name,
@@ -1158,11 +1119,9 @@ def parse_args(argv):
                 default for flag, _, default, _ in FLAGS}
     if {"max_steps", "epochs"} & typed.keys():              # either one replaces both defaults
         defaults |= {"max_steps": None, "epochs": None}
-    name = typed.get("task", defaults["task"])
-    if "finetune" in typed:
-        name = "scratch" if typed["finetune"] == "scratch" else "finetune"
-    defaults["out"] = "runs/" + name.replace(",", "-")
     start, kept = typed.get("finetune"), {"model", "image_size", "patch_size", "data", "augment"}
+    name = {None: typed.get("task", "all"), "scratch": "scratch"}.get(start, "finetune")
+    defaults["out"] = "runs/" + name.replace(",", "-")
     if "evaluate" in typed:
         start = Path(typed.get("out", defaults["out"]), "checkpoint.pt")
         kept = defaults.keys() - FREE_FIELDS
@@ -1246,7 +1205,7 @@ def run(args):
             write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
         write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
     if dist.is_initialized():
-        dist.barrier(device_ids=None if device.index is None else [device.index])
+        dist.barrier()
         dist.destroy_process_group()
     return metrics
 
@@ -1267,8 +1226,7 @@ def main(argv=None):
             raise
         if RANK:        # rank 0 speaks for all; these only if torchrun does not end them first
             time.sleep(20)
-        error = " ".join(str(error).split())
-        print(f"energy_pretrain.py: error: {error}", file=sys.stderr, flush=True)
+        print("energy_pretrain.py: error:", *str(error).split(), file=sys.stderr, flush=True)
         sys.exit(2)
 
 if __name__ == "__main__":

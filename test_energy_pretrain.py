@@ -597,7 +597,8 @@ def test_muon_moves_the_inner_matrices_and_only_matrices_decay():
         matrix = name.endswith("weight") and "norm" not in name
         inner = matrix and "blocks" in name
         assert place[id(p)] == ("Muon" if inner else "AdamW", 0.1 if matrix else 0.0), name
-    assert len(ep.build_optimizers(torch.nn.Linear(2, 2), 0.1)) == 1        # no inner matrices
+    _, muon = ep.build_optimizers(torch.nn.Linear(2, 2), 0.1)       # no inner matrices
+    muon.step()
 
 
 @pytest.mark.parametrize("name", ["vit_b_16", "swin_v2_t", "convnext_tiny"])
@@ -842,6 +843,16 @@ def test_evaluate_passes_over_images_without_colour():
     assert row["rank_correlation"] == 0     # of a single image: not NaN, which JSON has not
     row = ep.evaluate(ep.Pretrainer(tiny_vit()), 0 * x, ["sort"], {})["sort"]
     assert row["slope"] == 0                # of black images: not NaN either
+
+
+def test_the_table_has_a_column_for_each_task_and_a_row_for_each_metric(capsys):
+    row = {"psnr_restored": [1.234, 20.5], "order": 0.5}
+    ep.print_table({"mim": row | {"psnr_restored_hidden": [3.0, 4.0]}, "sr": row}, 2)
+    head, *lines = capsys.readouterr().out.splitlines()[1:]
+    column = head.index("sr")
+    assert [(line[:column].split(), line[column:].split()) for line in lines] == [
+        (["psnr_restored", "1.23", "20.50"], ["1.23", "20.50"]), (["order", "0.500"], ["0.500"]),
+        (["psnr_restored_hidden", "3.00", "4.00"], [])]
 
 
 @pytest.mark.parametrize("data", ["procedural", "folder"])
