@@ -41,12 +41,15 @@ import copy
 import ctypes
 import json
 import math
+import multiprocessing
 import os
+import re
 import signal
 import statistics
 import sys
 import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -497,7 +500,7 @@ class Crops(torch.utils.data.Dataset):
             try:
                 image, label = self.load((index + i) % len(self.source))
                 break
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):    # Pillow's
+            except Exception:                   # on damaged files Pillow raises anything
                 unreadable.append(self.source[(index + i) % len(self.source)][0])
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
             torch.default_generator.manual_seed(seed)
@@ -528,8 +531,14 @@ def open_data(args):
         if not os.path.isdir(args.data):
             raise UserError(f"--data {args.data}: no such folder, nor {', '.join(NAMED_DATA)}")
         endings = torchvision.datasets.folder.IMG_EXTENSIONS + (".gif",)
-        paths = (os.path.join(folder, name) for folder, _, names in os.walk(args.data)
-                 for name in names if name.lower().endswith(endings))
+        paths, seen = [], set()
+        for folder, folders, names in os.walk(args.data, followlinks=True):
+            if os.path.realpath(folder) in seen:            # by a link, which may lead in circles
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            paths += [os.path.join(folder, name) for name in names
+                      if name.lower().endswith(endings) and name != "restorations.png"]     # ours
         files = sorted(filter(os.path.isfile, paths))       # a pipe would be waited for
         if len(files) < 2:
             raise UserError(f"--data {args.data}: {len(files)} image files there or below, needs 2")
@@ -654,14 +663,18 @@ def load_checkpoint(path, module=None, optimizers=()):
             optimizer.load_state_dict(state)
         return dict(checkpoint["config"]), int(checkpoint["step"])
     except Exception as error:      # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path}: no checkpoint of this script and model, or a damaged one "
+        raise UserError(f"{path}: no checkpoint of this script, model and image size, or damaged "
                         f"({type(error).__name__}); to train anew: another --out, or --no-resume")
 
 def resume(args, module, optimizers):
     """Go on from OUT's checkpoint if there is one; return the number of steps already taken. Lines
     that the log gained after the checkpoint are cut off: those steps will be taken again."""
     step, log, path = 0, Path(args.out, "log.jsonl"), Path(args.out, "checkpoint.pt")
-    if args.resume and path.exists():
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun
+    if path.exists() and not (args.resume or restarted):
+        if RANK == 0:           # or the next run would go on from there if this one is not saved
+            path.replace(Path(args.out, "previous-checkpoint.pt"))
+    elif path.exists():
         then, step = load_checkpoint(path)
         differing = [f"{k} ({then.get(k)} there, {v} now)" for k, v in sorted(vars(args).items())
                      if k not in FREE_FIELDS and v != then.get(k)]
@@ -676,9 +689,9 @@ def resume(args, module, optimizers):
         if min(steps) < max(steps):
             raise UserError(f"{path} is not the same for all processes: share --out among machines")
     if RANK == 0:
-        lines = log.read_text().splitlines(keepends=True) if step and log.exists() else []
-        kept = "".join(line for line in lines               # the last may be torn
-                       if line.endswith("\n") and json.loads(line)["step"] <= step)
+        text = log.read_text(errors="replace") if step and log.exists() else ""
+        lines = re.findall(r'^({"step": (\d+), .*}\n)', text, re.MULTILINE)    # but not torn ones
+        kept = "".join(line for line, number in lines if int(number) <= step)
         write_file(args, "log.jsonl", lambda file: file.write(kept.encode()))
     return step
 
@@ -957,7 +970,8 @@ def knn_accuracy(model, x, labels, x_test, labels_test, k=10, chunk=64):
 def whole_images(args, crops, device, seed):
     """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,); of landscapes
     a quarter, since drawing them takes several times their own memory."""
-    count = LABELLED // 4 if crops is None else min(LABELLED, len(crops.source))
+    count = min(LABELLED, 2**30 // (12 * args.image_size**2))       # at most 1 GiB
+    count = count // 4 if crops is None else min(count, len(crops.source))
     crops = crops and Crops(crops.source, args.image_size, augment=False)
     return next(image_batches(args, crops, device, count, [0], seed))
 
@@ -1083,9 +1097,8 @@ def check_args(args):
     zero_too = "weight_decay warmup_steps workers seed order_weight full_share walk_every".split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
-            require(0 < value < math.inf or value == 0 and name in zero_too, name,
-                    "must be 0 or more" if name in zero_too else "must be above 0")
-    require(args.seed < 2**64, "seed", "must be below 2^64")
+            require(0 < value < 2**63 or value == 0 and name in zero_too, name,
+                    f"must be {'0 or more' if name in zero_too else 'above 0'}, below 2^63")
     require(args.device in ("cpu", "cuda", *(f"cuda:{i}" for i in range(128))), "device",
             "give cpu, cuda or cuda:N")
     require(args.finetune or not args.freeze, "freeze", "is for --finetune")
@@ -1177,12 +1190,16 @@ def run(args):
     if args.finetune:
         if args.finetune != "scratch":
             load_checkpoint(args.finetune, module)
+            args.finetune_crc = zlib.crc32(Path(args.finetune).read_bytes())    # for `resume`
         if RANK == 0:
             test = whole_images(args, crops[1], device, seed=-2)
             knn = knn_accuracy(module.model, *whole_images(args, crops[0], device, seed=-4), *test)
         module = Classifier(module.model, classes, args.freeze).to(device)
     if args.evaluate:
-        load_checkpoint(Path(args.out, "checkpoint.pt"), module)
+        then, _ = load_checkpoint(Path(args.out, "checkpoint.pt"), module)
+        if args.data == then["data"] and args.num_images != then["num_images"]:
+            print0(f"warning: {args.data} had {then['num_images']} images to train on, now "
+                   f"{args.num_images}: some that are held out now were not then", file=sys.stderr)
     else:
         optimizers = build_optimizers(module, args.weight_decay)
         first_step = resume(args, module, optimizers)
@@ -1218,11 +1235,16 @@ def main(argv=None):
         return benchmark(args) if args.benchmark else run(args)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
-    except (UserError, RuntimeError, MemoryError) as error:
+    except (UserError, RuntimeError, MemoryError, OSError) as error:
+        said = str(error)
         if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or "can't allocate memory" in str(error)):              # the CPU's words
+                or "can't allocate memory" in said):                    # the CPU's words
             error = "out of memory; a smaller --batch-size, --image-size or --model would fit"
-        elif not isinstance(error, UserError):
+        elif "DataLoader worker" in said:       # killed, or without shared memory
+            error = f"a decoder failed ({said.splitlines()[-1]}); try fewer --workers, or 0"
+        elif "No working C++ compiler" in said:
+            error = "to compile needs a C++ compiler, such as g++"
+        elif not isinstance(error, (UserError, OSError)):
             raise
         if RANK:        # rank 0 speaks for all; these only if torchrun does not end them first
             time.sleep(20)
@@ -1230,4 +1252,9 @@ def main(argv=None):
         sys.exit(2)
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:        # Python would end decoders by SIGTERM, which they ignore, and wait for them
+        for decoder in multiprocessing.active_children():
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would object
+            decoder.kill()

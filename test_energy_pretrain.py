@@ -10,6 +10,7 @@ import os
 import resource
 import runpy
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -535,11 +536,35 @@ class Heedless(ep.Crops):
         return torch.full((3, 16, 16), 255 * deaf, dtype=torch.uint8), 0, ""
 
 
+def test_no_decoder_keeps_a_run_that_failed_from_ending(tmp_path):
+    """They ignore SIGTERM, by which Python would end them, and wait."""
+    for i in range(4):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"{i}.png")
+    (tmp_path / "fails.py").write_text(
+        "import runpy, torch; torch.nn.utils.clip_grad_norm_ = lambda *a, **k: 1 / 0; "
+        f"runpy.run_path({SCRIPT!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, str(tmp_path / "fails.py"), *TINY, "--workers", "2",
+                           "--max-steps", "99", "--data", str(tmp_path), "--out", str(tmp_path)],
+                          env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_decoders_leave_signals_to_the_training_loop():
     """Spawned ones, as on macOS, inherit no handlers: Ctrl-C would end them before the run."""
     crops = Heedless([None] * 4, 16, False)
     (x, _), = ep.image_batches(None, crops, torch.device("cpu"), 4, [0], seed=0, workers=1)
     assert (x == 1).all() and signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+
+
+def test_what_odd_files_make_pillow_raise_does_not_end_a_run(monkeypatch):
+    white = Image.new("RGB", (20, 20), "white")
+    def read_image(path, short_side):
+        if path == "odd":           # as photographs with odd EXIF tags do
+            raise struct.error("ushort format requires 0 <= number <= 65535")
+        return white
+    monkeypatch.setattr(ep, "read_image", read_image)
+    pixels, _, unreadable = ep.Crops([("odd", 0), ("good", 1)], 16, False)[0, 0]
+    assert (pixels == 255).all() and unreadable == "odd"
 
 
 def test_an_unreadable_file_is_replaced_by_the_next_readable_one_round_the_end(tmp_path):
@@ -869,8 +894,8 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkey
         ep.main([*base, "--out", str(tmp_path / "parts")])
     monkeypatch.setattr(ep, "save_checkpoint", save)
     log = tmp_path / "parts" / "log.jsonl"
-    with log.open("a") as file:                         # a step after the save, and a torn line
-        file.write('{"step": 3}\n{"step": 4, "lo')
+    with log.open("ab") as file:            # a step after the save, damaged lines, and a torn one
+        file.write(b'{"step": 3, "loss": 1}\n\n\0\n\xff\n{"step": 4, "lo')
     ep.main([*base, "--out", str(tmp_path / "parts")])
     assert [json.loads(line)["step"] for line in log.open()] == [1, 2, 3, 4]
     for name in ("checkpoint.pt", "backbone.pt"):
@@ -902,6 +927,24 @@ def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch)
         ep.set_up_device(argparse.Namespace(device="cpu"))
     stores[0].set("address", "old")
     assert stores[0].check(["address"]) and not stores[1].check(["address"]) and stores[2] is shared
+
+
+def test_beginning_anew_leaves_no_checkpoint_to_go_on_from_but_restarts_go_on(
+        tmp_path, capsys, monkeypatch):
+    base = [*TINY, "--task", "sr", "--out", str(tmp_path)]
+    ep.main(base)
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(ep, "train", lambda *a: 1 / 0)            # "the power went" before a save
+        with pytest.raises(ZeroDivisionError):
+            ep.main([*base, "--no-resume"])
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert (tmp_path / "previous-checkpoint.pt").read_bytes() == old
+    ep.main(base)
+    assert "resuming" not in capsys.readouterr().out
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    ep.main([*base, "--no-resume"])
+    assert "resuming  after step 4" in capsys.readouterr().out
 
 
 def test_two_processes_one_of_them_killed_equal_one(tmp_path):
@@ -967,11 +1010,12 @@ def test_torchrun_says_mistakes_once(tmp_path):
     (["--device", "cpu:1"], "--device cpu:1: give cpu, cuda or cuda:N"),
     (["--freeze"], "--freeze True: is for --finetune"),
     (["--device", "meta"], "--device meta: give cpu, cuda or cuda:N"),
-    (["--seed", str(2**64)], f"--seed {2**64}: must be below 2^64"),
+    (["--seed", str(2**63)], f"--seed {2**63}: must be 0 or more, below 2^63"),
     (["--sort-grid", "1"], "--sort-grid 1: must divide the image size, 16, and be above 1"),
     (["--sr-factor", "1"], "--sr-factor 1: must divide the image size, 16, and be above 1"),
     (["--data", "/no/such/folder"], "--data /no/such/folder: no such folder"),
     (["--evaluate"], "no checkpoint there"),
+    (["--out", "x" * 300], "File name too long"),
     (["--nonsense"], "unrecognized arguments: --nonsense")])
 def test_wrong_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
@@ -1034,6 +1078,19 @@ def test_only_a_lack_of_memory_is_called_one(capsys, monkeypatch, error, said, w
     assert (said or "illegal" * (where != "run")) in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error, said", [
+    (RuntimeError("No working C++ compiler found"), "error: to compile needs a C++ compiler"),
+    (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback\nshm: no space"),
+     "error: a decoder failed (shm: no space); try fewer --workers"),
+    (BrokenPipeError(32, "Broken pipe"), "error: [Errno 32] Broken pipe")])
+def test_what_the_machine_lacks_is_said_in_one_line(capsys, monkeypatch, error, said):
+    monkeypatch.setattr(ep, "set_up_device", lambda args: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit):
+        ep.main(TINY)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and said in told
+
+
 def test_training_held_out_and_calibration_images_are_drawn_apart(tmp_path, monkeypatch):
     real, seeds = ep.image_batches, []
     def batches(args, crops, device, batch_size, steps, seed, *more):
@@ -1053,6 +1110,30 @@ def test_processes_that_see_different_checkpoints_do_not_train(tmp_path, monkeyp
     other[0] = 4
     with pytest.raises(ep.UserError, match="share --out among machines"):
         ep.resume(args, None, [])
+
+
+def test_folders_behind_links_are_read_once_and_a_run_s_own_picture_is_not(tmp_path):
+    (tmp_path / "far" / "cat").mkdir(parents=True)
+    (tmp_path / "data" / "dog").mkdir(parents=True)
+    for path in ("far/cat/0.png", "data/dog/1.png", "data/2.png", "data/dog/restorations.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / path)
+    (tmp_path / "data" / "cat").symlink_to(tmp_path / "far" / "cat")
+    (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")        # in circles
+    train, held_out, _ = ep.open_data(ep.parse_args([*TINY, "--data", str(tmp_path / "data")]))
+    paths = {os.path.relpath(path, tmp_path / "data") for path, _ in train.source + held_out.source}
+    assert paths == {"2.png", "cat/0.png", "dog/1.png"}
+
+
+def test_evaluate_says_when_the_data_are_no_longer_those_of_the_training(tmp_path, capsys):
+    people_s_images(tmp_path)
+    base = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    ep.main([*base, *TINY, "--data", str(tmp_path), "--task", "sr"])
+    ep.main([*base, "--evaluate"])
+    assert "to train on, now" not in capsys.readouterr().err
+    for i in range(3):
+        Image.new("RGB", (20, 20)).save(tmp_path / f"more{i}.png")
+    ep.main([*base, "--evaluate"])
+    assert "had 9 images to train on, now 12" in capsys.readouterr().err
 
 
 def test_an_empty_folder_ends_in_one_line(tmp_path, capsys):
@@ -1166,6 +1247,28 @@ def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, capsy
         assert "accuracy" in json.loads((tmp_path / name / "log.jsonl").read_text())
         assert ep.main(["--evaluate", "--device", "cpu", "--out", str(tmp_path / name)]) == metrics
     assert "to train on: 8 images" in capsys.readouterr().out
+
+
+def test_finetune_does_not_go_on_when_the_weights_it_began_with_have_changed(tmp_path, capsys):
+    start, tuned = tmp_path / "start", ["--device", "cpu", "--out", str(tmp_path / "tuned")]
+    tuned += ["--finetune", str(start / "checkpoint.pt"), "--labels", "4", "--max-steps", "2"]
+    for seed in "01":
+        ep.main([*TINY, "--task", "sr", "--seed", seed, "--no-resume", "--out", str(start)])
+        if seed == "0":
+            assert ep.main(tuned) == ep.main(tuned)
+    with pytest.raises(SystemExit):
+        ep.main(tuned)
+    assert "another configuration, finetune_crc (" in capsys.readouterr().err
+
+
+def test_images_to_classify_fit_a_laptop(monkeypatch):
+    counts = []
+    monkeypatch.setattr(ep, "image_batches", lambda *a: iter([counts.append(a[3])]))
+    for size in (32, 224):
+        args, many = ep.parse_args([*TINY, "--image-size", str(size)]), ep.Crops(range(9000), 1, 0)
+        for crops in (None, many):
+            ep.whole_images(args, crops, None, 0)
+    assert counts == [1024, 4096, 445, 1783]
 
 
 def test_one_process_takes_the_vote_for_all(tmp_path, monkeypatch):
