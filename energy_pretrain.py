@@ -255,8 +255,11 @@ class ViT(nn.Module):
 
 def backbone_state(model):
     """The weights of use elsewhere: all but the read-out, under the network's own names."""
-    state = getattr(model, "net", model).state_dict()
-    return {name: value.cpu() for name, value in state.items() if name != "head.weight"}
+    state = getattr(model, "net", model).state_dict()   # with its modules' versions
+    state.pop("head.weight", None)
+    for name in state:
+        state[name] = state[name].cpu()
+    return state
 
 class TorchvisionEnergy(nn.Module):
     """A torchvision network, its last layer (ValueError if not linear) replaced by the read-out."""
@@ -537,8 +540,9 @@ def open_data(args):
                 folders.clear()
                 continue
             seen.add(os.path.realpath(folder))
-            paths += [os.path.join(folder, name) for name in names
-                      if name.lower().endswith(endings) and name != "restorations.png"]     # ours
+            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
+            paths += [os.path.join(folder, name) for name in names         # but not a run's picture
+                      if name.lower().endswith(endings) and not name.endswith("restorations.png")]
         files = sorted(filter(os.path.isfile, paths))       # a pipe would be waited for
         if len(files) < 2:
             raise UserError(f"--data {args.data}: {len(files)} image files there or below, needs 2")
@@ -1197,7 +1201,8 @@ def run(args):
         module = Classifier(module.model, classes, args.freeze).to(device)
     if args.evaluate:
         then, _ = load_checkpoint(Path(args.out, "checkpoint.pt"), module)
-        if args.data == then["data"] and args.num_images != then["num_images"]:
+        if (args.data, args.labels) == (then["data"], then["labels"]) \
+                and args.num_images != then["num_images"]:
             print0(f"warning: {args.data} had {then['num_images']} images to train on, now "
                    f"{args.num_images}: some that are held out now were not then", file=sys.stderr)
     else:
@@ -1238,12 +1243,14 @@ def main(argv=None):
     except (UserError, RuntimeError, MemoryError, OSError) as error:
         said = str(error)
         if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or "can't allocate memory" in said):                    # the CPU's words
+                or re.search("can't allocate memory|size calculation overflowed", said)):   # CPU
             error = "out of memory; a smaller --batch-size, --image-size or --model would fit"
         elif "DataLoader worker" in said:       # killed, or without shared memory
             error = f"a decoder failed ({said.splitlines()[-1]}); try fewer --workers, or 0"
         elif "No working C++ compiler" in said:
             error = "to compile needs a C++ compiler, such as g++"
+        elif "Connection closed by peer" in said:           # gloo's words
+            error = "another process has ended"
         elif not isinstance(error, (UserError, OSError)):
             raise
         if RANK:        # rank 0 speaks for all; these only if torchrun does not end them first

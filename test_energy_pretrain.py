@@ -291,6 +291,15 @@ def test_torchvision_networks_train_through_their_gradient(name, frozen):
                                         ).state_dict().keys() > keys
 
 
+def test_backbones_load_into_torchvision(tmp_path):
+    model = ep.build_model("mnasnet0_5", 32)            # it asks the file for its version
+    torch.save(ep.backbone_state(model), tmp_path / "backbone.pt")
+    theirs = torchvision.models.mnasnet0_5()
+    theirs.classifier[1] = torch.nn.Identity()
+    theirs.load_state_dict(torch.load(tmp_path / "backbone.pt"), strict=True)
+    assert torch.equal(theirs.layers[0].weight, model.net.layers[0].weight)
+
+
 # ---- 4. Restoration and loss -------------------------------------------------------------------
 
 
@@ -1082,6 +1091,8 @@ def test_only_a_lack_of_memory_is_called_one(capsys, monkeypatch, error, said, w
     (RuntimeError("No working C++ compiler found"), "error: to compile needs a C++ compiler"),
     (RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nTraceback\nshm: no space"),
      "error: a decoder failed (shm: no space); try fewer --workers"),
+    (RuntimeError("[gloo/pair.cc:534] Connection closed by peer"), "another process has ended"),
+    (RuntimeError("Storage size calculation overflowed with sizes"), "error: out of memory"),
     (BrokenPipeError(32, "Broken pipe"), "error: [Errno 32] Broken pipe")])
 def test_what_the_machine_lacks_is_said_in_one_line(capsys, monkeypatch, error, said):
     monkeypatch.setattr(ep, "set_up_device", lambda args: (_ for _ in ()).throw(error))
@@ -1115,10 +1126,12 @@ def test_processes_that_see_different_checkpoints_do_not_train(tmp_path, monkeyp
 def test_folders_behind_links_are_read_once_and_a_run_s_own_picture_is_not(tmp_path):
     (tmp_path / "far" / "cat").mkdir(parents=True)
     (tmp_path / "data" / "dog").mkdir(parents=True)
-    for path in ("far/cat/0.png", "data/dog/1.png", "data/2.png", "data/dog/restorations.png"):
+    for path in ("far/cat/0.png", "data/dog/1.png", "data/2.png", "data/dog/restorations.png",
+                 "data/dog/unfinished-restorations.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / path)
     (tmp_path / "data" / "cat").symlink_to(tmp_path / "far" / "cat")
     (tmp_path / "data" / "dog" / "up").symlink_to(tmp_path / "data")        # in circles
+    (tmp_path / "data" / "ape").symlink_to(tmp_path / "data" / "dog")       # gives way to the real
     train, held_out, _ = ep.open_data(ep.parse_args([*TINY, "--data", str(tmp_path / "data")]))
     paths = {os.path.relpath(path, tmp_path / "data") for path, _ in train.source + held_out.source}
     assert paths == {"2.png", "cat/0.png", "dog/1.png"}
@@ -1129,6 +1142,9 @@ def test_evaluate_says_when_the_data_are_no_longer_those_of_the_training(tmp_pat
     base = ["--out", str(tmp_path / "out"), "--device", "cpu"]
     ep.main([*base, *TINY, "--data", str(tmp_path), "--task", "sr"])
     ep.main([*base, "--evaluate"])
+    classifier = ["--out", str(tmp_path / "classifier"), "--device", "cpu"]
+    ep.main([*classifier, *TINY, "--data", str(tmp_path), "--finetune", "scratch"])
+    ep.main([*classifier, "--evaluate", "--labels", "4"])           # fewer, but by order
     assert "to train on, now" not in capsys.readouterr().err
     for i in range(3):
         Image.new("RGB", (20, 20)).save(tmp_path / f"more{i}.png")
