@@ -1107,7 +1107,7 @@ def check_args(args):
             "give cpu, cuda or cuda:N")
     require(args.finetune or not args.freeze, "freeze", "is for --finetune")
     require(args.full_share <= 1, "full_share", "must be 1 or less")
-    require(args.batch_size % WORLD_SIZE == 0, "batch_size",
+    require(args.evaluate or args.batch_size % WORLD_SIZE == 0, "batch_size",
             f"must be a multiple of the {WORLD_SIZE} processes")
     require(not args.finetune or args.batch_size > WORLD_SIZE, "batch_size",
             "--finetune needs two images or more for each process")

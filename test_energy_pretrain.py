@@ -1033,6 +1033,14 @@ def test_wrong_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
     assert stop.value.code == 2 and said.count("\n") == 1 and message in said, said
 
 
+def test_any_number_of_processes_may_evaluate_but_not_train(tmp_path, monkeypatch):
+    ep.main([*TINY, "--task", "sr", "--out", str(tmp_path)])
+    monkeypatch.setattr(ep, "WORLD_SIZE", 3)
+    assert ep.parse_args(["--evaluate", "--out", str(tmp_path)]).batch_size == 4
+    with pytest.raises(ep.UserError, match="must be a multiple of the 3 processes"):
+        ep.parse_args([*TINY, "--out", str(tmp_path)])
+
+
 class RunsCode:
     """Pickles to a call: whoever unpickles it carelessly makes this folder."""
 
