@@ -478,7 +478,7 @@ class Crops(torch.utils.data.Dataset):
 
     source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
     says, instead of taking the middle. A file that cannot be decoded is replaced by the next, and
-    named: collating needs a string, in which a NUL parts the names.
+    named, with the kind of error: collating needs a string, in which a NUL parts the names.
     Images are kept, shrunken to three times the size of the crops, some 256 MiB in each worker, so
     that a small folder of large photographs is not decoded in every epoch."""
     def __init__(self, source, size, augment):
@@ -503,8 +503,9 @@ class Crops(torch.utils.data.Dataset):
             try:
                 image, label = self.load((index + i) % len(self.source))
                 break
-            except Exception:                   # on damaged files Pillow raises anything
-                unreadable.append(self.source[(index + i) % len(self.source)][0])
+            except Exception as error:          # on damaged files Pillow raises anything
+                path = self.source[(index + i) % len(self.source)][0]
+                unreadable.append(f"{path} ({type(error).__name__})")
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
             torch.default_generator.manual_seed(seed)
             return self.crop(image), label, "\0".join(unreadable)
@@ -1137,7 +1138,7 @@ def parse_args(argv):
     if {"max_steps", "epochs"} & typed.keys():              # either one replaces both defaults
         defaults |= {"max_steps": None, "epochs": None}
     start, kept = typed.get("finetune"), {"model", "image_size", "patch_size", "data", "augment"}
-    name = {None: typed.get("task", "all"), "scratch": "scratch"}.get(start, "finetune")
+    name = {None: typed.get("task", defaults["task"]), "scratch": "scratch"}.get(start, "finetune")
     defaults["out"] = "runs/" + name.replace(",", "-")
     if "evaluate" in typed:
         start = Path(typed.get("out", defaults["out"]), "checkpoint.pt")
@@ -1201,10 +1202,11 @@ def run(args):
         module = Classifier(module.model, classes, args.freeze).to(device)
     if args.evaluate:
         then, _ = load_checkpoint(Path(args.out, "checkpoint.pt"), module)
-        if (args.data, args.labels) == (then["data"], then["labels"]) \
-                and args.num_images != then["num_images"]:
-            print0(f"warning: {args.data} had {then['num_images']} images to train on, now "
-                   f"{args.num_images}: some that are held out now were not then", file=sys.stderr)
+        count = then.get("num_images")
+        if (args.data, args.labels) == (then.get("data"), then.get("labels")) \
+                and args.num_images != count:
+            print0(f"warning: {args.data} had {count} images to train on, now {args.num_images}: "
+                   "some that are held out now were not then", file=sys.stderr)
     else:
         optimizers = build_optimizers(module, args.weight_decay)
         first_step = resume(args, module, optimizers)

@@ -573,7 +573,7 @@ def test_what_odd_files_make_pillow_raise_does_not_end_a_run(monkeypatch):
         return white
     monkeypatch.setattr(ep, "read_image", read_image)
     pixels, _, unreadable = ep.Crops([("odd", 0), ("good", 1)], 16, False)[0, 0]
-    assert (pixels == 255).all() and unreadable == "odd"
+    assert (pixels == 255).all() and unreadable == "odd (error)"         # struct's name for it
 
 
 def test_an_unreadable_file_is_replaced_by_the_next_readable_one_round_the_end(tmp_path):
@@ -586,7 +586,8 @@ def test_an_unreadable_file_is_replaced_by_the_next_readable_one_round_the_end(t
     for index, used, named in ((0, 1, [0]), (1, 1, []), (2, 2, []), (3, 1, [3, 0])):
         pixels, label, unreadable = crops[index, 0]
         assert (pixels[0] == 60 * used).all() and label == used, index
-        assert unreadable == "\0".join(source[i][0] for i in named), index
+        assert unreadable == "\0".join(
+            f"{source[i][0]} (UnidentifiedImageError)" for i in named), index
 
 
 def test_crops_follow_from_their_seed_and_leave_the_global_state():
