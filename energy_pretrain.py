@@ -1,56 +1,42 @@
 """Energy-inspired self-supervised pretraining for vision models, in one file.
 
-One vision network is an energy: its forward pass gives one number per image, low for data. Its
-backward pass restores: a corrupted image walks down the energy and comes back clean. Training asks
-the walk to end at the original. No decoder, no teacher, no heavy augmentation:
+One vision network is an energy: its forward pass gives one number per image, low for data.
+Its backward pass restores: a corrupted image steps down the energy and comes back clean.
+Training asks every step to end at the original. No decoder, no teacher, no heavy augmentation.
 
-    E(x)                                one scalar per image, the network's forward pass       (1)
-    x_{k+1} = x_k - alpha dE/dx(x_k)    the backward pass restores, K steps from x_tilde       (2)
-    loss    = mean_k smooth_l1(x_k, x)  every step should land on the clean image x            (3)
-            + w relu(1/4 - r)           and what is corrupted should lie higher than x,        (4)
-              r = 2 alpha (E(x_s) - E(x)) / |x_s - x|^2, x_s = x + s (x_tilde - x), s in [0, 1]
+    E(x)                               one number per image: the forward pass            (1)
+    x_{k+1} = x_k - alpha dE/dx(x_k)   the backward pass restores, K steps from x_tilde  (2)
+    loss = mean_k d(x_k, x)            every step should end at the clean image x        (3)
+         + w relu(1/4 - r)             what is corrupted should lie higher than x        (4)
 
-Why should an energy appear when one learns to restore? Corrupt x with Gaussian noise of standard
-deviation sigma and take the squared error. The best restoration is then the posterior mean, which
-by Tweedie's formula is x_tilde + sigma^2 grad log p_sigma(x_tilde); compare with (2): alpha E has
-become -sigma^2 log p_sigma up to a constant (denoising score matching, Vincent 2011). Hiding,
-shuffling, shrinking and greying are other ways to leave the data; the same walk leads back.
+(1) to (3) are the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining
+for Vision Models, ICLR 2023). (4) is ours: a network that learns only to restore is never asked
+about images that are nearly clean, and may rank them below the clean ones. We had the paper's
+abstract and introduction; what they leave open, every number too, is our choice.
 
-    python energy_pretrain.py                                  # all five tasks, built-in images
+Why does an energy appear when one learns to restore? Corrupt x with Gaussian noise of standard
+deviation sigma. By squared error the best restoration is, by Tweedie's formula, x_tilde +
+sigma^2 grad log p_sigma(x_tilde). Compare with (2): alpha E is now -sigma^2 log p_sigma up to a
+constant (Vincent 2011). Other corruptions leave the data in other directions.
+
+    python energy_pretrain.py                                  # all tasks, built-in images
     python energy_pretrain.py --task color --data ~/Pictures   # any folder of images
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
 
-Sections 1 to 4 are the method, with `corrupt_batch` of 10, what a step trains on; the others are
-plumbing. Letters: B images, C channels, H W pixels (S by S if square), P patch side, N patches, T
-tokens, D width, h heads, M of anything else, K restoration steps (`num_steps`; the variable `step`
-is the optimiser's). x is clean, x_tilde corrupted, x_hat restored. Low energy is data; mask 1 is
-hidden; pixels lie in [-1, 1].
-
-References. Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining for Vision Models,
-ICLR 2023 (arXiv 2302.01384; its hyper-parameters are not known to us, every default is our choice).
-Vincent: A connection between score matching and denoising autoencoders, Neural Computation 2011.
-Dosovitskiy et al.: An image is worth 16x16 words, ICLR 2021. He et al.: Masked autoencoders are
-scalable vision learners, CVPR 2022. Malladi et al.: On the SDEs and scaling rules for adaptive
-gradient algorithms, NeurIPS 2022. Jordan et al.: Muon, an optimizer for hidden layers, 2024
-(kellerjordan.github.io/posts/muon).
+Sections 1 to 3 are the method. Letters: B images, C channels, H W pixels (S by S if square), P
+patch side, N patches, D width, h heads, K restoration steps, M of others. x is clean, x_tilde
+corrupted, x_hat restored; pixels lie in [-1, 1]. "Step" alone is the optimiser's.
 """
-
 import argparse
-import contextlib
-import copy
-import ctypes
 import json
 import math
-import multiprocessing
 import os
 import re
-import signal
-import statistics
 import sys
 import time
 import zipfile
 import zlib
-from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -60,1210 +46,863 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.benchmark import timer
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 class UserError(Exception):
-    """What the person at the command line can put right: one line, exit status 2, no traceback."""
+    """What the person at the command line can put right: one line, exit status 2."""
 
-# ---- 1. Images and patches ---------------------------------------------------------------------
-# Pixels lie in [-1, 1] (mean 0.5 and standard deviation 0.5, as many of timm's ViTs expect), so
-# that zero is mid-grey, and the luma of an image is in the same units as the image.
-
+# ==== 1. Corruptions ==========================================================
+# Five verbs, one signature. A sixth task is one more, a line in CORRUPTIONS, a flag an option.
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
-    x = F.pixel_unshuffle(x, patch)                             # (B, C*P*P, H/P, W/P)
-    return x.flatten(2).transpose(1, 2).contiguous()                            # (B, N, C*P*P)
+    x = F.pixel_unshuffle(x, patch)                    # (B, C*P*P, H/P, W/P)
+    return x.flatten(2).transpose(1, 2).contiguous()   # (B, N, C*P*P)
 
 def unpatchify(patches, patch, height):
-    """Undo `patchify`: put patches (B, N, C*P*P) back into images (B, C, H, W) of this height."""
-    x = patches.transpose(1, 2).unflatten(2, (height // patch, -1))     # (B, C*P*P, H/P, W/P)
-    return F.pixel_shuffle(x, patch)                                            # (B, C, H, W)
-
-def psnr(mean_squared_error):
-    """Peak signal-to-noise ratio in dB of an error in [-1, 1] units, whose peak-to-peak is 2."""
-    return -10 * math.log10(max(mean_squared_error, 1e-12) / 4)
-
-def make_generator(device, *key):
-    """A generator that is a pure function of integers such as (seed, step, rank): no random state
-    need ever be saved, and a resumed run draws what it would have drawn. Seeds below zero are ours,
-    such as -2 for what is held out. (Never -1: in Python hash(-1) == hash(-2).)"""
-    return torch.Generator(device).manual_seed(hash(key) % 2**63)
-
-# ---- 2. Corruptions ----------------------------------------------------------------------------
-# Five verbs, one signature: images and a generator in, images of the same shape out. To add a
-# sixth task, write its verb, give it a line in CORRUPTIONS, and its options lines in FLAGS.
+    """Undo `patchify`: (B, N, C*P*P) back into images (B, C, H, W) of this height."""
+    x = patches.transpose(1, 2).unflatten(2, (height // patch, -1))
+    return F.pixel_shuffle(x, patch)                   # (B, C, H, W)
 
 def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8):
-    """Masked image modelling: paint exactly round(mask_ratio * M) of the M = mask_grid^2 blocks of
-    every image zero: mid-grey says nothing of what was there, is near the mean of images, and as a
-    constant can be told from data."""
-    B, block, M = len(x), x.shape[2] // mask_grid, mask_grid**2
+    """Masked image modelling: paint round(mask_ratio * M) of M = mask_grid^2 blocks grey, 0."""
+    B, M, block = len(x), mask_grid**2, x.shape[2] // mask_grid
     rank = torch.rand(B, M, generator=generator, device=x.device).argsort(1).argsort(1)
     mask = (rank < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
     return x.masked_fill(mask.repeat_interleave(block, 2).repeat_interleave(block, 3), 0)
 
 def shuffle_patches(x, generator, sort_grid=4):
-    """Patch sorting: cut every image into sort_grid x sort_grid pieces and permute them uniformly.
-    Pixels in, pixels out: sorting is a restoration like the others and fits any architecture."""
-    patch = x.shape[2] // sort_grid
-    pieces = patchify(x, patch)                                                 # (B, M, C*P*P)
+    """Patch sorting: cut images into sort_grid x sort_grid pieces and permute them. Pixels in,
+    pixels out, so sorting is a restoration like the others."""
+    side = x.shape[2] // sort_grid
+    pieces = patchify(x, side)                         # (B, M, C*side*side)
     order = torch.rand(pieces.shape[:2], generator=generator, device=x.device).argsort(1)
-    return unpatchify(pieces.gather(1, order.unsqueeze(2).expand_as(pieces)), patch, x.shape[2])
+    pieces = pieces.gather(1, order.unsqueeze(2).expand_as(pieces))
+    return unpatchify(pieces, side, x.shape[2])
 
 def lower_resolution(x, generator, sr_factor=4):
-    """Super-resolution: average squares of sr_factor pixels, then enlarge back bilinearly."""
-    small = F.avg_pool2d(x, sr_factor)                                # (B, C, H/factor, W/factor)
+    """Super-resolution: average squares of sr_factor pixels, and enlarge again."""
+    small = F.avg_pool2d(x, sr_factor)                 # (B, C, H/factor, W/factor)
     return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
 
 def add_noise(x, generator, noise_std=0.5):
-    """Denoising: add Gaussian noise; noise_std is in units of x, whose range has length 2. The sum
-    is not clipped: clipped noise would no longer be Gaussian."""
-    return x + noise_std * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    """Denoising: add Gaussian noise, noise_std in units of x. Clipped it would not be Gaussian."""
+    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x + noise_std * noise
 
 def remove_color(x, generator):
-    """Colourisation: keep only the luma (ITU-R BT.601 weights), repeated in all three channels."""
-    red, green, blue = x.split(1, dim=1)                                        # (B, 1, H, W)
+    """Colourisation: keep the luma (ITU-R BT.601 weights), repeated in all three channels."""
+    red, green, blue = x.split(1, dim=1)               # (B, 1, H, W)
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
-CORRUPTIONS = {  # task: (its verb, options for how hard it is, weight against others, by trial)
-    "mim": (hide_blocks, ("mask_ratio", "mask_grid"), 2),
-    "sort": (shuffle_patches, ("sort_grid",), 1),
-    "sr": (lower_resolution, ("sr_factor",), 4),
-    "denoise": (add_noise, ("noise_std",), 2),
-    "color": (remove_color, (), 4)}
-TASKS = tuple(CORRUPTIONS)
+CORRUPTIONS = {  # task: (its verb, the options that say how hard it is)
+    "mim": (hide_blocks, ["mask_ratio", "mask_grid"]),
+    "sort": (shuffle_patches, ["sort_grid"]),
+    "sr": (lower_resolution, ["sr_factor"]),
+    "denoise": (add_noise, ["noise_std"]),
+    "color": (remove_color, [])}
+TASKS = list(CORRUPTIONS)
 
-def corrupt(x, task, generator, strength=1.0, **options):
-    """Corrupt images: x + s (x_tilde - x), where x_tilde is what the task's verb makes of x.
+def corrupt(x, task, generator, options):
+    """What the task's verb makes of images x (B, 3, S, S), of the same shape and dtype. options: a
+    dict, of which the verb takes its own."""
+    verb, names = CORRUPTIONS[task]
+    return verb(x, generator, **{name: options[name] for name in names if name in options})
 
-    x: (B, 3, S, S) in [-1, 1], never written to. task: one of TASKS. generator: the source of every
-    random choice, on x's device. strength s: a number, or a tensor (B,), in [0, 1]; 0 gives x and 1
-    the full corruption, exactly. options: those named in CORRUPTIONS; what another task uses is
-    ignored, so one dict serves all. Returns a new tensor of x's shape and dtype."""
-    verb, names, _ = CORRUPTIONS[task]
-    x_tilde = verb(x, generator, **{name: options[name] for name in names if name in options})
-    if torch.is_tensor(strength):               # a number made a tensor would wait for the GPU
-        strength = strength.to(x).view(-1, 1, 1, 1)
-    return torch.lerp(x, x_tilde, strength)     # exact at both ends, unlike x + s * (x_tilde - x)
-
-# ---- 3. The energy -----------------------------------------------------------------------------
-# A plain pre-norm Vision Transformer. Names and shapes of the parameters are timm's, so that the
-# weights go wherever a ViT goes; only `head`, the energy read-out, is ours.
-
+# ==== 2. The energy ===========================================================
+# A plain Vision Transformer. Its parameters have timm's names and shapes, so that the weights go
+# wherever a ViT goes; only `head`, the energy read-out, is ours.
 class Attention(nn.Module):
-    """Multi-head self-attention. The softmax is written out because the fused kernels behind
-    F.scaled_dot_product_attention have no second derivative, and training needs one."""
+    """Multi-head self-attention. The softmax is written out, as fused kernels (in
+    F.scaled_dot_product_attention) have no second derivative, and training needs one."""
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):                                           # (B, T, D), T = N + 1 tokens
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))                 # (B, T, 3, h, D/h)
-        x = self.attend(*qkv.permute(2, 0, 3, 1, 4))                            # (B, h, T, D/h)
-        return self.proj(x.transpose(1, 2).flatten(2))
-
-    def attend(self, q, k, v):              # `benchmark` puts a fused kernel here
-        weights = (q @ k.transpose(2, 3) / math.sqrt(q.shape[3])).softmax(3)    # (B, h, T, T)
-        return weights @ v
+    def forward(self, x):                                         # (B, N+1, D)
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))   # (B, N+1, 3, h, D/h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # (B, h, N+1, D/h) each
+        weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])   # (B, h, N+1, N+1)
+        x = weights.softmax(3) @ v                                # (B, h, N+1, D/h)
+        return self.proj(x.transpose(1, 2).flatten(2))            # (B, N+1, D)
 
 class Block(nn.Module):
-    """Transformer block: the tokens exchange what they know, then each computes on its own."""
+    """The tokens exchange what they know, then each computes on its own."""
     def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(
-            fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
-
-    def forward(self, x):                                                       # (B, T, D)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+    def forward(self, x):                                         # (B, N+1, D)
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 class ViT(nn.Module):
-    """Vision Transformer whose forward pass is the energy of Eq. (1): (B, 3, H, W) -> (B,).
+    """Vision Transformer whose forward pass is the energy, Eq. (1): (B, 3, S, S) -> (B,).
 
-    The read-out multiplies each patch as it came in, embedded, p_n, with what the last layer, which
-    has seen all patches, puts in its place, z_n: E(x) = 1/N sum_n sum_d v_d p_nd z_nd. So dE/dp_n
-    has a direct term v_d z_nd / N: the last layer can say which way patch n should move, whatever
-    the layers below carry back. (With all five tasks, reading the mean token alone took three times
-    as many steps to restore as well.) The D weights v start at zero, where dE/dx = 0, so
-    restoration begins as the identity. The class token is not read."""
+    The read-out is a distance, E(x) = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2: how far each embedded
+    patch, p_n, is from z_n, what the last layer, having seen them all, expects in its place. So
+    dE/dp_n has a direct term, v (p_n - z_n) / N: the last layer says which way patch n should go,
+    else it would have to learn the way back through all layers. v, at first zero, has any sign."""
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=2, num_heads=3):
         super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"image size {image_size} is not divisible by patch size {patch_size}")
+        num_patches = (image_size // patch_size)**2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch_size) ** 2 + 1, dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))     # timm's; nothing reads it
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, 1, bias=False)
+        self.head = nn.Linear(dim, 1, bias=False)                 # its weight is v
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.ndim > 1 and name.endswith("weight"):
-                nn.init.xavier_uniform_(p.view(len(p), -1))     # a patch counted as one vector
+                nn.init.xavier_uniform_(p.view(len(p), -1))       # a patch is one vector
         nn.init.zeros_(self.head.weight)
         self.init_local_attention()
-
     @torch.no_grad()
-    def init_local_attention(self):
-        """Let patches attend to their neighbours from the start; most of what is missing can be
-        seen there. (With all tasks, hidden pixels were then restored 2 dB better.) Positions begin
-        as waves of random frequency and phase, whose inner product falls with the distance d, in
-        patches, like exp(-(0.7 d)^2 / 2) (random Fourier features: Rahimi and Recht, NeurIPS 2007).
-        0.6 and 0.7 are by trial. Attention begins as it ends in trained networks (Trockman and
-        Kolter, ICML 2023): keys equal queries, so that like attends to like, and the projection is
-        minus the values' own, transposed, so that what a patch sees is taken away from it: what it
-        shares with its neighbours fades."""
-        nn.init.normal_(self.cls_token, std=0.6)
+    def init_local_attention(self, scale=0.6, width=0.7):
+        """Let patches attend to their neighbours, where most of what is missing can be seen; else
+        a short training is spent on finding them. Positions are random waves, alike at distance d
+        as exp(-(width d)^2 / 2). As in trained networks (Trockman and Kolter, ICML 2023) keys equal
+        queries, so that like attends to like, and what a patch sees is taken away from it."""
+        nn.init.normal_(self.cls_token, std=scale)
         dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1] - 1)
-        place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)          # (N, 2)
-        waves = torch.cos(place @ (0.7 * torch.randn(2, dim)) + 2 * math.pi * torch.rand(dim))
-        self.pos_embed[0, 1:] = 0.6 * math.sqrt(2) * waves      # of root mean square 0.6
+        place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)      # (N, 2)
+        waves = place @ torch.randn(2, dim) * width + 2 * math.pi * torch.rand(dim)
+        self.pos_embed[0, 1:] = scale * math.sqrt(2) * waves.cos()          # (N, D)
         for block in self.blocks:
-            query, key, value = block.attn.qkv.weight.chunk(3)          # (D, D) each, not copies
+            query, key, value = block.attn.qkv.weight.chunk(3)    # (D, D) each, not copies
             key.copy_(query)
             block.attn.proj.weight.copy_(-value.T)
-
     def embed(self, x):
-        """What every patch is, on its own: images (B, 3, H, W) -> (B, N, D)."""
-        proj = self.patch_embed.proj    # a convolution with stride P: one linear map of each patch
+        """One linear map of each patch, on its own: images (B, 3, S, S) -> (B, N, D)."""
+        proj = self.patch_embed.proj
         return F.linear(patchify(x, proj.stride[0]), proj.weight.flatten(1), proj.bias)
-
     def encode(self, patches):
-        """What the network makes of them: (B, N, D) -> tokens (B, N+1, D), class token first."""
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1) + self.pos_embed
+        """What the network makes of the patches: (B, N, D) -> (B, N, D)."""
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
+        x = x + self.pos_embed                                    # (B, N+1, D)
         for block in self.blocks:
-            x = block(x)                                                        # (B, N+1, D)
-        return self.norm(x)
-
+            x = block(x)
+        return self.norm(x)[:, 1:]
     def represent(self, x):
-        """One vector for each image, for a classifier: (B, 3, H, W) -> (B, D)."""
-        return self.encode(self.embed(x))[:, 1:].mean(1)
-
+        """One vector for each image, for a classifier: (B, 3, S, S) -> (B, D)."""
+        return self.encode(self.embed(x)).mean(1)
     def forward(self, x):
-        patches = self.embed(x)                                                 # (B, N, D)
-        # products and a sum, not self.head(...), which autocast would round to bfloat16
-        agreement = patches * self.head.weight * self.encode(patches)[:, 1:]    # (B, N, D)
-        return agreement.sum(2).mean(1)                                         # Eq. (1): (B,)
-
-def backbone_state(model):
-    """The weights of use elsewhere: all but the read-out, under the network's own names."""
-    state = getattr(model, "net", model).state_dict()   # with its modules' versions
-    state.pop("head.weight", None)
-    for name in state:
-        state[name] = state[name].cpu()
-    return state
+        p = self.embed(x)                                         # (B, N, D)
+        z = self.encode(p)                                        # (B, N, D)
+        # not self.head(...), which autocast would round to bfloat16
+        distance = self.head.weight * (p - z).float().square()    # (B, N, D)
+        return distance.sum(2).mean(1) / 2                        # Eq. (1): (B,)
 
 class TorchvisionEnergy(nn.Module):
-    """A torchvision network, its last layer (ValueError if not linear) replaced by the read-out."""
+    """A torchvision network with the read-out as last layer: (B, 3, S, S) -> (B,). ValueError if
+    its own was not linear."""
     def __init__(self, name, image_size):
         super().__init__()
-        # one output also in training mode, in which `build_pretrainer` measures batch norm
-        single = {"aux_logits": False, "init_weights": False}
-        options = {"vit": {"image_size": image_size}, "maxvit": {"input_size": (image_size,) * 2},
-                   "googlenet": single, "inception": single}.get(name.split("_")[0], {})
+        options = {"image_size": image_size} if name.startswith("vit") else {}
         self.net = torchvision.models.get_model(name, weights=None, **options)
-        path, classifier = list(self.net.named_modules())[-1]
-        if not isinstance(classifier, nn.Linear):
+        path, last = list(self.net.named_modules())[-1]
+        if not isinstance(last, nn.Linear):
             raise ValueError("this network does not end in a linear layer")
         self.net.set_submodule(path, nn.Identity())
-        self.head = nn.Linear(classifier.in_features, 1, bias=False)
+        self.head = nn.Linear(last.in_features, 1, bias=False)
         nn.init.zeros_(self.head.weight)
-        for module in self.net.modules():           # writing in place would destroy what the
-            if hasattr(module, "inplace"):          # second backward pass still needs
+        for module in self.net.modules():       # writing in place would destroy what the
+            if hasattr(module, "inplace"):      # second backward pass still needs
                 module.inplace = False
-
-    def represent(self, x):                         # as in ViT: (B, 3, H, W) -> (B, D)
-        return self.net(x)
-
-    def forward(self, x):
+    def represent(self, x):                     # as in ViT: (B, 3, S, S) -> (B, D)
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):    # twice differentiable
-            return (self.represent(x) * self.head.weight).sum(1)
+            return self.net(x)
+    def forward(self, x):
+        return (self.represent(x) * self.head.weight).sum(1)
 
-VIT_SIZES = {"nano": (96, 2, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3), "small": (384, 12, 6),
-             "base": (768, 12, 12), "large": (1024, 24, 16)}    # name: width D, depth, heads h
+VIT_SIZES = {  # name: (width D, depth, heads h)
+    "nano": (96, 2, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3),
+    "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
-def build_model(name, image_size=32, patch_size=None):
-    """An energy, (B, 3, image_size, image_size) -> (B,).
+def build_model(name, image_size=32, patch_size=4):
+    """An energy, (B, 3, S, S) -> (B,). In evaluation mode also while it trains: neither dropout nor
+    the other images of a batch may change an image's energy."""
+    if name in VIT_SIZES:
+        return ViT(image_size, patch_size, *VIT_SIZES[name]).eval()
+    return TorchvisionEnergy(name, image_size).eval()
 
-    name: one of VIT_SIZES, or a torchvision classification model. patch_size is for the ViTs: by
-    default 16, below 128 pixels 4. In evaluation mode also while training: an energy is a function
-    of one image, so no dropout and no batch statistics. ValueError if name or size is wrong."""
-    if name not in VIT_SIZES:
-        return TorchvisionEnergy(name, image_size).eval()
-    return ViT(image_size, patch_size or (4 if image_size < 128 else 16), *VIT_SIZES[name]).eval()
-
-# ---- 4. Restoration and loss: Eq. (2), (3) and (4) ---------------------------------------------
-
+# ==== 3. Restoration and loss =================================================
+# There are two backward passes. The first differentiates the energy with respect to the image:
+# dE/dx is the restoring step, so this pass is the decoder. The second differentiates the loss with
+# respect to the parameters. As the step is itself a derivative, it goes back through the first
+# pass (d/dtheta of dE/dx) and so trains the decoder, whose weights are the encoder's own.
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
-    """Walk num_steps steps down the energy from x_tilde, Eq. (2): x_1 ... x_K, (K, B, 3, H, W).
+    """K = num_steps steps down the energy: x_1 ... x_K, (K, B, 3, S, S).
 
-    energy_fn: any callable from (B, 3, H, W) to (B,), each image on its own. alpha: the step size,
-    a number or a scalar tensor. With create_graph each iterate can be differentiated by parameters
-    and alpha, through its own step only; without, no graph is kept."""
-    # The sum's gradient holds each image's own, since no energy depends on another image. Unlike
-    # torch.autograd.grad, torch.func.grad works under torch.compile and under torch.no_grad().
-    gradient = torch.func.grad(lambda x: energy_fn(x).float().sum())
-    walk = [x_tilde]
+    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError; each image on its own. A
+    network of yours must be in evaluation mode, fused attention under torch.nn.attention's
+    sdpa_kernel(SDPBackend.MATH). create_graph: so that the result can be differentiated."""
+    def total_energy(x):
+        energy = energy_fn(x)
+        if energy.shape != x.shape[:1]:
+            raise ValueError(f"an energy is of shape ({len(x)},), not {tuple(energy.shape)}")
+        return energy.float().sum()     # its gradient is each image's own: none sees another
+    # unlike torch.autograd.grad, this works in torch.compile and under torch.no_grad()
+    gradient, iterates = torch.func.grad(total_energy), [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = walk[-1].detach()       # every step is trained to do its best from where it stands
-            walk.append(x - alpha * gradient(x))                                # Eq. (2)
-    return torch.stack(walk[1:])
+            x = iterates[-1].detach()   # so steps learn one by one; if K = 1, nothing is cut
+            iterates.append(x - alpha * gradient(x))              # Eq. (2)
+    return torch.stack(iterates[1:])
+
+def restoration_loss(x_hat, x, x_tilde):
+    """Eq. (3): the mean over images and steps of smooth_l1(x_k, x) / rms(x_tilde - x), a scalar. An
+    error counts relative to how far the image was moved (ours); else tasks that move images far
+    drown the others."""
+    error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
+    moved = (x_tilde - x).square().flatten(1).mean(1).sqrt()      # (B,)
+    return (error.flatten(2).mean(2) / moved.clamp(min=0.05)).mean()    # Eq. (3)
 
 def order_loss(energy_fn, x, x_s, alpha):
-    """Eq. (4), a scalar: what is corrupted, x_s = x + s (x_tilde - x), should lie higher than x.
-
-    Restoring x_tilde alone sets the slope there, not along the way. Let x_hat_t be where one step
-    from x_t, of strength t, lands: dE/dx(x_t) = (x_t - x_hat_t) / alpha. These slopes add up to
-        E(x_s) - E(x) = 1/alpha integral_0^s (x_t - x_hat_t) . (x_tilde - x) dt,
-    which is |x_s - x|^2 / (2 alpha) if all land on x. Real steps fall short, so a quarter of this
-    ideal is asked for. The loss is what is missing, as a share of the ideal, averaged over images;
-    where the ideal is small, |x_s - x|^2 < 1, summed over pixels, an image counts less."""
-    ideal = (x_s - x).square().flatten(1).sum(1) / 2        # alpha times as large, (B,)
+    """Eq. (4), a scalar, for images x_s between x and x_tilde. If all steps from there ended at x,
+    dE/dx would be (x_s - x) / alpha, and E(x_s) - E(x) = |x_s - x|^2 / (2 alpha). r is the rise as
+    a share of this ideal; real steps fall short, so a quarter is asked for."""
+    ideal = (x_s - x).square().flatten(1).sum(1) / 2              # alpha times as large, (B,)
     above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
-    return (F.relu(ideal / 4 - alpha * (above - below)) / ideal.clamp(min=0.5)).mean()  # Eq. (4)
-
-def energy_loss(energy_fn, x, x_tilde, alpha, num_steps=1, weight=1.0, x_s=None, order_weight=0.0):
-    """Eq. (3), the mean over K steps of smooth_l1(x_k, x), plus order_weight, w, times Eq. (4): a
-    scalar to train through. smooth_l1(d) is d^2 / 2 up to |d| = 1, half the range, then linear.
-
-    weight: of each image in (3), a number or (B,). x_s: the first len(x_s) images, corrupted with
-    strengths of their own, for (4), or None. alpha (a tensor if x_s is given) as in `restore`."""
-    x_hat = restore(energy_fn, x_tilde, alpha, num_steps, create_graph=True)    # (K, B, 3, H, W)
-    error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")       # Eq. (3)
-    loss = (error.flatten(2).mean(2) * weight).mean()
-    if x_s is not None:     # alpha is learned by restoring alone; else it would grow to satisfy (4)
-        loss = loss + order_weight * order_loss(energy_fn, x[:len(x_s)], x_s, alpha.detach())
-    return loss
+    missing = F.relu(ideal / 4 - alpha * (above - below))
+    return (missing / ideal.clamp(min=0.5)).mean()                # Eq. (4)
 
 class Pretrainer(nn.Module):
-    """The energy, its step size, the walk and the loss in one module, as DistributedDataParallel
-    averages gradients after one forward call. alpha is large, as a ViT's E is a mean over patches,
-    so that dE/dx is small; it is learned as a logarithm: always positive, changed by factors."""
-    def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.002):
+    """Energy and loss in one module: DistributedDataParallel averages the gradients of one forward
+    call. alpha need not be learned, since the read-out's scale is; it is large, as E is a mean over
+    patches and dE/dx small."""
+    def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.007):
         super().__init__()
-        self.model, self.num_steps, self.order_weight = model, num_steps, order_weight
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(alpha)))
-        self.loss_fn = energy_loss                              # `try_compile` puts another here
+        self.model, self.alpha = model, alpha
+        self.num_steps, self.order_weight = num_steps, order_weight
+    def forward(self, x, x_tilde, num_partial=0):
+        """The loss of images (B, 3, S, S); the first num_partial enter Eq. (4)."""
+        x_hat = restore(self.model, x_tilde, self.alpha, self.num_steps, create_graph=True)
+        loss = restoration_loss(x_hat, x, x_tilde)
+        if num_partial:
+            x, x_s = x[:num_partial], x_tilde[:num_partial]
+            loss = loss + self.order_weight * order_loss(self.model, x, x_s, self.alpha)
+        return loss
 
-    def forward(self, x, x_tilde, weight=1.0, x_s=None):
-        return self.loss_fn(self.model, x, x_tilde, self.log_alpha.exp(), self.num_steps, weight,
-                            x_s, self.order_weight)
+def corrupt_batch(x, tasks, generator, options, turn=0, partial_share=0.1):
+    """What a step trains on: (x_tilde, num_partial) for images x (B, 3, S, S). Image i gets task
+    turn + i, round and round. The first num_partial are corrupted only in part, mostly a little,
+    else restoration would not learn to leave alone what is nearly clean."""
+    x_tilde, M = torch.empty_like(x), len(tasks)
+    for i in range(min(M, len(x))):
+        x_tilde[i::M] = corrupt(x[i::M], tasks[(turn + i) % M], generator, options)
+    num_partial = math.ceil(partial_share * len(x))
+    u = torch.rand(num_partial, 1, 1, 1, generator=generator, device=x.device)
+    x_tilde[:num_partial] = x[:num_partial].lerp(x_tilde[:num_partial], u**2)
+    return x_tilde, num_partial
 
 def freeze_unused(pretrainer, x):
-    """Freeze the parameters that only shift the energy: having no part in dE/dx they never learn,
-    and DDP would refuse the next step. So the read-out has no bias, and the last LayerNorm of
-    vit_b_16 loses its own. One dry run, with any x_tilde, finds them in any network. UserError if
-    no gradient differs from zero; RuntimeError if an operation has no second derivative."""
+    """Freeze parameters that have no part in dE/dx, found by a dry run with images x. They get no
+    gradient, for which DistributedDataParallel would wait in vain."""
     pretrainer(x, x / 2).backward()     # behind a zero read-out most gradients are 0, not None
-    if not any(p.grad is not None and p.grad.any() for p in pretrainer.parameters()):
-        raise UserError("--model: no gradient reaches this network's parameters through dE/dx")
     for p in pretrainer.parameters():
         p.requires_grad_(p.grad is not None)
     pretrainer.zero_grad()
 
-# ---- 5. Processes ------------------------------------------------------------------------------
-# torchrun tells each process its place in environment variables; alone, it is a world of one.
+# ==== 4. Processes and randomness =============================================
+# torchrun tells each process its place in the environment; alone, it is a world of one.
+RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
-RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(name, default)) for name, default in
-                                (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-
-def print0(*values, **options):
+def print0(*values):
     if RANK == 0:
-        print(*values, **options, flush=True)
+        print(*values, flush=True)
 
-def set_up_device(args):
+def seed_from(*key):
+    """32 bits, all that CPU generators take; a run that goes on draws what it would have drawn."""
+    return zlib.crc32(repr(key).encode())
+
+def make_generator(device, *key):
+    return torch.Generator(device).manual_seed(seed_from(*key))
+
+def join_processes(name):
     """Join the other processes, if any, and return this one's device."""
-    device = torch.device(args.device)
+    device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
     if device.type == "cuda":
-        device = torch.device("cuda", LOCAL_RANK if device.index is None else device.index)
         if device.index >= torch.cuda.device_count():
             raise UserError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
-    elif sys.platform == "linux":
-        # What a step frees, the next asks for again. If the allocator keeps it, the system need not
-        # clear new pages: a seventh more images a second. (mallopt(3); the numbers: malloc.h.)
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**25)         # M_MMAP_THRESHOLD: blocks up to 32 MiB are kept,
-        libc.mallopt(-1, 2**31 - 1)     # M_TRIM_THRESHOLD: however many lie free
-    if WORLD_SIZE > 1:
-        # Workers that torchrun has restarted must not read the addresses their predecessors left
-        # in the store (pytorch/pytorch#135712). Across machines the counts may differ.
-        store = next(dist.rendezvous("env://"))[0]
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(WORLD_SIZE):
-            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                store=store, rank=RANK, world_size=WORLD_SIZE)
+    if WORLD_SIZE > 1:      # a restarted worker must not read what its predecessor left in the
+        store, _, _ = next(dist.rendezvous("env://"))   # store (pytorch/pytorch#135712)
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE,
+                                backend="nccl" if device.type == "cuda" else "gloo")
     return device
 
-# ---- 6. Data -----------------------------------------------------------------------------------
-# Landscapes drawn on the spot, or image files. What step n trains on follows from (seed, n), so a
-# run that was stopped goes on with what it would have seen: the same files with any number of
-# processes, the same landscapes and corruptions only with as many, on the same kind of device.
+def autocast(device):
+    """bfloat16 on GPUs that compute in it; float16 would need a scaler for the inner gradient."""
+    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
-EPOCH_OF_LANDSCAPES = 1_281_167     # they have no end; as many as ImageNet-1K count as one epoch
-HELD_OUT = 256                      # crops of images never trained on that a run is evaluated on
-NAMED_DATA = {  # name: (torchvision's class, its training split, its held-out split, classes)
-    "cifar10": (torchvision.datasets.CIFAR10, {"train": True}, {"train": False}, 10),
-    "cifar100": (torchvision.datasets.CIFAR100, {"train": True}, {"train": False}, 100),
-    "stl10": (torchvision.datasets.STL10, {"split": "train+unlabeled"}, {"split": "test"}, 10)}
-
+# ==== 5. Data =================================================================
+# Landscapes drawn on the spot, or image files.
 def draw_landscapes(batch_size, size, generator):
-    """Draw images (B, 3, S, S) in [-1, 1] and the kind of their objects (B,), 0 ... 3, on the
-    generator's device: a sky at some time of day, a wavy horizon, furrowed ground and three objects
-    whose colour follows from their shape. Every task finds something to learn: order from sky and
-    ground, colour from place and shape, what is hidden from what surrounds it."""
+    """Draw images (B, 3, S, S) and the kind of their objects (B,), 0 ... 3: sky at some time of
+    day, furrowed ground, three objects whose colour follows from their shape."""
     B, device = batch_size, generator.device
     def uniform(low, high):
         return low + (high - low) * torch.rand(B, 1, 1, 1, generator=generator, device=device)
     def rgb(*values):
-        return torch.tensor(values).view(1, 3, 1, 1).to(device, non_blocking=True)
-    u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)           # to the right
-    v = u.transpose(2, 3)                                                       # downwards
+        return torch.tensor(values, device=device).view(-1, 3, 1, 1)
+    u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)   # to the right
+    v = u.transpose(2, 3)  # downwards
     wave = torch.sin(2 * math.pi * (uniform(0.5, 1.5) * u + uniform(0, 1)))
-    horizon = uniform(0.3, 0.6) + uniform(0.02, 0.08) * wave                    # (B, 1, 1, S)
+    horizon = uniform(0.3, 0.6) + uniform(0.02, 0.08) * wave  # (B, 1, 1, S)
     evening = uniform(0, 1)
-    zenith = torch.lerp(rgb(0.25, 0.45, 0.85), rgb(0.25, 0.15, 0.4), evening)   # (B, 3, 1, 1)
+    zenith = torch.lerp(rgb(0.25, 0.45, 0.85), rgb(0.25, 0.15, 0.4), evening)
     haze = torch.lerp(rgb(0.75, 0.88, 0.97), rgb(0.98, 0.6, 0.3), evening)
-    sky = torch.lerp(zenith, haze, (v / horizon).clamp(0, 1))                   # (B, 3, S, S)
-    below = (v - horizon).clamp(min=0)                                          # (B, 1, S, S)
+    sky = torch.lerp(zenith, haze, (v / horizon).clamp(0, 1))  # (B, 3, S, S)
+    below = (v - horizon).clamp(min=0)  # (B, 1, S, S)
     furrows = torch.sin(uniform(6, 14) * torch.log(below + 0.05) + uniform(-4, 4) * u)
     soil = torch.lerp(rgb(0.2, 0.5, 0.2), rgb(0.6, 0.5, 0.25), uniform(0, 1))
     ground = soil * (0.75 + 0.5 * below + 0.15 * furrows) * (1.1 - 0.4 * evening)
-    x = torch.lerp(sky, ground, ((v - horizon) * size + 0.5).clamp(0, 1))       # (B, 3, S, S)
-
+    x = torch.lerp(sky, ground, ((v - horizon) * size + 0.5).clamp(0, 1))
     kind = torch.randint(4, (B,), generator=generator, device=device)
-    paint = torch.cat([rgb(0.9, 0.2, 0.2), rgb(0.95, 0.8, 0.2), rgb(0.25, 0.4, 0.9),
-                       rgb(0.75, 0.3, 0.8)])[kind]                              # (B, 3, 1, 1)
+    paint = rgb(0.9, 0.2, 0.2, 0.95, 0.8, 0.2, 0.25, 0.4, 0.9, 0.75, 0.3, 0.8)[kind]
     nearness = torch.rand(B, 3, generator=generator, device=device).sort(1).values
-    for near in nearness.mul(0.85).add(0.15).view(B, 3, 1, 1, 1).unbind(1):     # the far ones first
-        radius = 0.06 + 0.12 * near                                             # near: large, low
-        du = (u - uniform(0, 1)) / radius                                       # (B, 1, 1, S)
-        dv = (v - horizon - near * (0.9 - horizon)) / radius + 1                # (B, 1, S, S)
+    for near in nearness.mul(0.85).add(0.15).view(B, 3, 1, 1, 1).unbind(1):  # far ones first
+        radius = 0.06 + 0.12 * near  # near: large, low
+        du = (u - uniform(0, 1)) / radius  # (B, 1, 1, S)
+        dv = (v - horizon - near * (0.9 - horizon)) / radius + 1  # (B, 1, S, S)
         distance = (du**2 + dv**2).sqrt()
-        shapes = torch.cat([1 - distance,                                       # ball, inside > 0
-                            1 - 1.15 * torch.maximum(du.abs(), dv.abs()),       # box
-                            torch.minimum(0.9 - dv, (1 + dv - 2 * du.abs()) / 2),   # tree
-                            0.35 - (distance - 0.65).abs()], 1)                 # ring
-        inside = shapes.gather(1, kind.view(B, 1, 1, 1).expand_as(distance))    # (B, 1, S, S)
-        shade = (0.75 - 0.35 * du - 0.15 * dv).clamp(0.25, 1.2)                 # lit from the left
+        shapes = torch.cat([  # inside > 0: ball, box, tree, ring
+            1 - distance,
+            1 - 1.15 * torch.maximum(du.abs(), dv.abs()),
+            torch.minimum(0.9 - dv, (1 + dv - 2 * du.abs()) / 2),
+            0.35 - (distance - 0.65).abs()], 1)
+        inside = shapes.gather(1, kind.view(B, 1, 1, 1).expand_as(distance))
+        shade = (0.75 - 0.35 * du - 0.15 * dv).clamp(0.25, 1.2)  # lit from the left
         x = torch.lerp(x, paint * shade, (inside * radius * size + 0.5).clamp(0, 1))
     return x.clamp(0, 1) * 2 - 1, kind
 
-def read_image(path, short_side):
-    """Decode an image file as a viewer shows it, RGB, its short side at most short_side pixels."""
-    with Image.open(path) as image:
-        image.draft("RGB", (short_side, short_side))   # JPEG: decode at a reduced scale, far faster
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                  # 16 bits a pixel
-            image = image.convert("I").point(lambda value: value / 256).convert("L")
-        if image.has_transparency_data:                 # on white paper
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    scale = short_side / min(image.size)
-    return image if scale >= 1 else image.resize([max(1, round(n * scale)) for n in image.size])
+def find_images(root):
+    """All images at or below root, (file, class) pairs; each folder right below it is a class. What
+    is hidden, or a run's own picture, is not data."""
+    def mode(path):         # the pixel format, in Pillow's words; "" if this is no image
+        try:
+            with Image.open(path) as image:
+                return image.mode
+        except Exception:   # on what is no image Pillow raises anything
+            return ""
+    files, seen = [root] if os.path.isfile(root) else [], set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in seen:        # links may go in circles
+            folders[:] = names[:] = []
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if name[0] not in ".@")
+        files += [os.path.join(folder, name) for name in sorted(names)
+                  if name[0] != "." and name != "restorations.png"]
+    files = list(filter(os.path.isfile, files))     # not pipes, which would be waited for
+    with ThreadPoolExecutor() as pool:
+        modes = list(pool.map(mode, files))
+    deep = [f for f, m in zip(files, modes) if m[:1] in ("I", "F")]
+    files = [f for f, m in zip(files, modes) if m[:1] not in ("I", "F", "")]
+    print0(f"{root}: {len(files)} images; left out: {modes.count('')} other files and {len(deep)} "
+           "images of more than 8 bits, whose range is unknown", *deep[:5])
+    if not files:
+        raise UserError(f"--data {root}: no image there; give a folder, a file, or cifar10")
+    folders = [os.path.relpath(os.path.dirname(f), root).split(os.sep)[0] for f in files]
+    classes = sorted(set(folders))
+    return [(f, classes.index(folder)) for f, folder in zip(files, folders)]
 
 class Crops(torch.utils.data.Dataset):
-    """Square crops: item (index, seed) -> (pixels, uint8 (3, S, S); label; unreadable files).
-
-    source: a sequence of (path or PIL image, label). augment: crop and flip at random, as the seed
-    says, instead of taking the middle. A file that cannot be decoded is replaced by the next, and
-    named, with the kind of error: collating needs a string, in which a NUL parts the names.
-    Images are kept, shrunken to three times the size of the crops, some 256 MiB in each worker, so
-    that a small folder of large photographs is not decoded in every epoch."""
-    def __init__(self, source, size, augment):
-        self.source, self.short_side, self.cache, self.named = source, 3 * size, {}, {""}
-        steps = [v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()] if augment \
-            else [v2.Resize(size), v2.CenterCrop(size)]
-        self.crop = v2.Compose([*steps, v2.PILToTensor()])
-
-    def load(self, index):
-        if index in self.cache:
-            return self.cache[index]
-        item, label = self.source[index]
-        image = read_image(item, self.short_side) if isinstance(item, str) else item.convert("RGB")
-        if len(self.cache) < 2**28 // (4 * self.short_side**2):
-            self.cache[index] = image, label
-        return image, label
-
+    """Square crops of (file or PIL image, label) pairs: item (index, seed) -> pixels, uint8
+    (3, S, S), and label. augment: crop and flip as the seed says; else take the middle. A file
+    that cannot be decoded gives its place to another, drawn at random."""
+    def __init__(self, pairs, size, augment):
+        self.pairs, self.size = pairs, size
+        random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        middle = [v2.Resize(size), v2.CenterCrop(size)]
+        self.crop = v2.Compose([*(random if augment else middle), v2.PILToTensor()])
     def __getitem__(self, key):
         index, seed = key
-        unreadable, image, label = [], Image.new("RGB", (1, 1)), 0
-        for i in range(100):                    # if all fail, `image_batches` ends the run
-            try:
-                image, label = self.load((index + i) % len(self.source))
-                break
-            except Exception as error:          # on damaged files Pillow raises anything
-                path = self.source[(index + i) % len(self.source)][0]
-                unreadable.append(f"{path} ({type(error).__name__})")
         with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
-            torch.default_generator.manual_seed(seed)
-            return self.crop(image), label, "\0".join(unreadable)
+            torch.manual_seed(seed)
+            for _ in range(100):
+                source, label = self.pairs[index]
+                try:
+                    image = Image.open(source) if isinstance(source, str) else source
+                    image.draft("RGB", (3 * self.size,) * 2)    # decodes large JPEGs faster
+                    return self.crop(ImageOps.exif_transpose(image).convert("RGB")), label
+                except Exception as error:          # on damaged files Pillow raises anything
+                    print(f"warning: cannot read {source} ({error})", file=sys.stderr)
+                    index = int(torch.randint(len(self.pairs), ()))
+        raise UserError(f"{source} cannot be read, nor 99 others drawn at random before it")
 
 def open_data(args):
-    """The training and the held-out images as `Crops`, (None, None) for the endless landscapes, and
-    the number of classes: the folders right below DIR. args.labels keeps that many images only."""
-    if args.data == "procedural":
-        if args.labels is None:
-            return None, None, 4
-        drawn = draw_landscapes(args.labels, args.image_size, make_generator("cpu", args.seed, -3))
-        source = [(v2.functional.to_pil_image(x / 2 + 0.5), int(label)) for x, label in zip(*drawn)]
-        return Crops(source, args.image_size, args.augment), None, 4
-    if args.data in NAMED_DATA:
-        dataset, *splits, classes = NAMED_DATA[args.data]
-        if args.finetune and args.data == "stl10":
-            splits[0] = {"split": "train"}                  # the labelled part
-        try:                            # rank 0 downloads, then the others find the files there
-            if RANK > 0:
-                dist.barrier()
-            sources = [dataset("data", download=True, **split) for split in splits]
-            if RANK == 0 and WORLD_SIZE > 1:
-                dist.barrier()
+    """(File or image, label) pairs to train on, held-out pairs (of a folder every tenth image), and
+    the number of classes. No pairs, None, are endless landscapes."""
+    train, held_out, classes = None, None, 4
+    generator = make_generator("cpu", "labels", args.seed)
+    if args.data in ("cifar10", "cifar100"):
+        dataset, classes = getattr(torchvision.datasets, args.data.upper()), int(args.data[5:])
+        try:
+            if RANK == 0:
+                dataset("data", download=True)
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {args.data}: cannot be downloaded to ./data ({error})")
-    else:
-        if not os.path.isdir(args.data):
-            raise UserError(f"--data {args.data}: no such folder, nor {', '.join(NAMED_DATA)}")
-        endings = torchvision.datasets.folder.IMG_EXTENSIONS + (".gif",)
-        paths, seen = [], set()
-        for folder, folders, names in os.walk(args.data, followlinks=True):
-            if os.path.realpath(folder) in seen:            # by a link, which may lead in circles
-                folders.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            folders.sort(key=lambda name: (os.path.islink(os.path.join(folder, name)), name))
-            paths += [os.path.join(folder, name) for name in names         # but not a run's picture
-                      if name.lower().endswith(endings) and not name.endswith("restorations.png")]
-        files = sorted(filter(os.path.isfile, paths))       # a pipe would be waited for
-        if len(files) < 2:
-            raise UserError(f"--data {args.data}: {len(files)} image files there or below, needs 2")
-        kinds = [os.path.relpath(os.path.dirname(f), args.data).split(os.sep)[0] for f in files]
-        number = {kind: i for i, kind in enumerate(sorted(set(kinds)))}
-        pairs = [(f, number[kind]) for f, kind in zip(files, kinds)]
-        classes, sources = len(number), [[p for i, p in enumerate(pairs) if i % 10], pairs[::10]]
-    if args.labels is not None:
-        order = torch.randperm(len(sources[0]), generator=make_generator("cpu", args.seed, -3))
-        sources[0] = torch.utils.data.Subset(sources[0], order[:args.labels].tolist())
-    return *(Crops(source, args.image_size, args.augment) for source in sources), classes
+        if WORLD_SIZE > 1:
+            dist.barrier()                          # until the files are there
+        train, held_out = dataset("data", train=True), dataset("data", train=False)
+    elif args.data != "procedural":
+        pairs = find_images(args.data)
+        train, held_out = [p for i, p in enumerate(pairs) if i % 10] or pairs, pairs[::10]
+        classes = 1 + max(label for _, label in pairs)
+    elif args.labels:
+        drawn = draw_landscapes(args.labels, args.image_size, generator)
+        train = [(v2.functional.to_pil_image(x / 2 + 0.5), int(k)) for x, k in zip(*drawn)]
+    if args.labels:
+        order = torch.randperm(len(train), generator=generator)[:args.labels]
+        train = torch.utils.data.Subset(train, order.tolist())
+    args.num_images = train and len(train)
+    if args.epochs:
+        args.max_steps = math.ceil(args.epochs * args.num_images / args.batch_size)
+    return train, held_out, classes
 
-def crop_keys(num_images, batch_size, steps, seed, rank, world_size):
-    """For every step this process's part of the global batch, as keys (index, seed) for `Crops`.
-
-    The images stand in one endless row, each epoch a new permutation, and step n takes the n-th
-    batch of the row: every image comes once an epoch, however many processes there are."""
+def crop_keys(num_images, batch_size, steps, key, rank, world_size):
+    """For every step this process's keys (index, seed) of Crops. Each epoch is a permutation, the
+    epochs are one endless row, and step n takes the n-th batch of it."""
     part, epoch = batch_size // world_size, None
     for step in steps:
         keys, first = [], step * batch_size + rank * part
         for position in range(first, first + part):
             if epoch != position // num_images:
                 epoch = position // num_images
-                order = torch.randperm(num_images, generator=make_generator("cpu", seed, epoch))
-            keys.append((int(order[position % num_images]), hash((seed, position)) % 2**63))
+                generator = make_generator("cpu", *key, "epoch", epoch)
+                order = torch.randperm(num_images, generator=generator).tolist()
+            keys.append((order[position % num_images], seed_from(*key, "crop", position)))
         yield keys
 
-def ignore_signals(worker):
-    """For decoders: Ctrl-C reaches them, too, but `stop_signals` says when a run ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-def image_batches(args, crops, device, batch_size, steps, seed, rank=0, world_size=1, workers=0):
-    """Yield, step by step, this process's clean images (B, 3, S, S) in [-1, 1] and labels (B,)."""
-    if crops is None:
+def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_size=1):
+    """Yield for each step this process's images (B, 3, S, S) and labels (B,). use: a word, lest
+    held-out landscapes be those trained on."""
+    if pairs is None:
         for step in steps:
-            generator = make_generator(device, seed, step, rank)
+            generator = make_generator(device, use, args.seed, step, rank)
             yield draw_landscapes(batch_size // world_size, args.image_size, generator)
         return
-    keys = crop_keys(len(crops.source), batch_size, steps, seed, rank, world_size)
-    for pixels, labels, unreadable in torch.utils.data.DataLoader(
-            crops, batch_sampler=keys, num_workers=workers, pin_memory=device.type == "cuda",
-            worker_init_fn=ignore_signals):
-        for paths in (names.split("\0") for names in unreadable):
-            for path in set(paths) - crops.named:       # each file is named once
-                print(f"warning: skipping unreadable image {path!r}", file=sys.stderr, flush=True)
-                crops.named.add(path)
-            if len(paths) == 100:                       # no image was found
-                raise UserError(f"--data {args.data}: 100 unreadable images, to {paths[-1]!r}")
-        yield pixels.to(device, non_blocking=True) / 127.5 - 1, labels.to(device, non_blocking=True)
+    middle = use == "held out" and (args.finetune or len(pairs) == 1)   # of one's own picture
+    crops = Crops(pairs, args.image_size, args.augment and not middle)
+    keys = crop_keys(len(pairs), batch_size, steps, (use, args.seed), rank, world_size)
+    for x, labels in torch.utils.data.DataLoader(
+            crops, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda"):
+        yield x.to(device, non_blocking=True) / 127.5 - 1, labels.to(device, non_blocking=True)
 
-# ---- 7. Optimiser and schedule -----------------------------------------------------------------
-
+# ==== 6. Optimisers and schedule ==============================================
 def build_optimizers(module, weight_decay):
-    """Muon for the matrices inside the network, AdamW for all else: a list of the two.
-
-    Muon (Jordan et al., 2024) replaces a matrix's momentum by roughly the nearest orthogonal
-    matrix: all its directions move about equally far. These steps are scaled to AdamW's size, so
-    that one learning rate serves both. Biases, norms, scales, position and class embeddings (by the
-    names that our and torchvision's networks give them) and log alpha do not decay."""
+    """[AdamW, Muon]. Muon (Jordan et al., 2024) turns the momentum of an inner matrix into roughly
+    the nearest orthogonal one, so that all its directions move equally far; AdamW alone takes several
+    times as many steps. Biases, norms, scales, positions and tokens do not decay."""
     inner, decaying, exempt = [], [], []        # a ResNet has no inner ones
     for name, p in module.named_parameters():
-        spared = p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale"))
-        inside = p.ndim == 2 and name.startswith("model.") and name != "model.head.weight"
-        (exempt if spared else inner if inside else decaying).append(p)
+        if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale")):
+            exempt.append(p)
+        elif p.ndim == 2 and name.startswith("model.") and name != "model.head.weight":
+            inner.append(p)
+        else:
+            decaying.append(p)
     groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
     common = {"lr": 0.0, "weight_decay": weight_decay}
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common), torch.optim.Muon(
         [{"params": inner}], momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
 
-def learning_rate(args, step):
-    """The rate of 0-based `step`: linear warm-up, then half a cosine to zero. The peak is
-    lr * sqrt(batch_size / 256), the scaling rule of adaptive optimisers (Malladi et al., 2022)."""
-    peak, warmup = args.lr * math.sqrt(args.batch_size / 256), args.warmup_steps
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 + math.cos(math.pi * (step - warmup) / (args.max_steps - warmup))) / 2
+def set_learning_rate(args, optimizers, step):
+    """Of step 1 ... max_steps: linear warm-up to args.lr, then half a cosine to zero."""
+    warmup = args.max_steps // 20 if args.warmup_steps is None else args.warmup_steps
+    done = (step - warmup) / (args.max_steps + 1 - warmup)
+    rate = args.lr * (step / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+    return rate
 
-# ---- 8. Files and checkpoints ------------------------------------------------------------------
-# Plain dicts of tensors, numbers and strings, so that loading one can run no code.
-
-# not compared when a run goes on from its checkpoint, nor taken from there by --evaluate
-FREE_FIELDS = {"out", "resume", "evaluate", "compile", "workers", "device", "save_every", "lr"}
+# ==== 7. Checkpoints ==========================================================
+# Plain dicts of tensors, numbers and strings, so that loading one can run no code. A run that was
+# interrupted or killed goes on from its last one when the same command, but for these flags,
+# is given again; nor does --evaluate take these from the checkpoint.
+FREE = ("out", "evaluate", "compile", "workers", "device", "save_every", "lr", "weights")
 
 def write_file(args, name, write):
-    """Let write(file) fill OUT/name: under another name first, and then moved into place, so that
-    whatever happens, the path holds the old file or the new one, never half of it."""
-    path, unfinished = Path(args.out, name), Path(args.out, "unfinished-" + name)
+    """Let write(file) fill OUT/name, under another name first, lest half a file ever be there."""
+    path, unfinished = Path(args.out, name), Path(args.out, f".unfinished-{name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())             # on the disk before it has the name
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:    # torch.save hides the former behind the latter
-        with contextlib.suppress(OSError):      # where nothing can be written, nothing is left
-            unfinished.unlink()
+    except (OSError, RuntimeError) as error:    # the latter by torch.save
         raise UserError(f"{path}: cannot be written ({error.__context__ or error})")
 
-def save_checkpoint(args, module, optimizers, step):
-    """Write OUT/backbone.pt, the weights to use, and OUT/checkpoint.pt, all that resuming needs."""
-    checkpoint = {"module": module.state_dict(), "step": step, "config": vars(args),
-                  "optimizers": [o.state_dict() for o in optimizers],
-                  "versions": [str(torch.__version__), str(torchvision.__version__)]}
-    backbone = backbone_state(module.model)
-    write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
-    write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
-
-def load_checkpoint(path, module=None, optimizers=()):
-    """Read a checkpoint, and its state into what is given; return (configuration, step). UserError
-    if there is none, or it is damaged, or it does not fit."""
+def load_checkpoint(path):
+    """Read a checkpoint.pt. UserError if there is none, or it is damaged."""
     if not os.path.isfile(path):
         raise UserError(f"{path}: no checkpoint there; train first, or name that of a run")
     try:
-        if zipfile.ZipFile(path).testzip():         # torch.load does not check the checksums
+        if zipfile.ZipFile(path).testzip():     # torch.load does not check the checksums
             raise ValueError("checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if module is not None:
-            module.load_state_dict(checkpoint["module"])
-        for optimizer, state in zip(optimizers, checkpoint["optimizers"], strict=bool(optimizers)):
-            optimizer.load_state_dict(state)
-        return dict(checkpoint["config"]), int(checkpoint["step"])
+        return {key: checkpoint[key] for key in ("pretrainer", "optimizers", "config", "log")}
     except Exception as error:      # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path}: no checkpoint of this script, model and image size, or damaged "
-                        f"({type(error).__name__}); to train anew: another --out, or --no-resume")
+        raise UserError(f"{path}: damaged, or no checkpoint.pt of this script ({error!r:.60})")
 
-def resume(args, module, optimizers):
-    """Go on from OUT's checkpoint if there is one; return the number of steps already taken. Lines
-    that the log gained after the checkpoint are cut off: those steps will be taken again."""
-    step, log, path = 0, Path(args.out, "log.jsonl"), Path(args.out, "checkpoint.pt")
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"    # by torchrun
-    if path.exists() and not (args.resume or restarted):
-        if RANK == 0:           # or the next run would go on from there if this one is not saved
-            path.replace(Path(args.out, "previous-checkpoint.pt"))
-    elif path.exists():
-        then, step = load_checkpoint(path)
-        differing = [f"{k} ({then.get(k)} there, {v} now)" for k, v in sorted(vars(args).items())
-                     if k not in FREE_FIELDS and v != then.get(k)]
-        if differing:
-            raise UserError(f"{path} has another configuration, {'; '.join(differing)}: "
-                            "take another --out, or --no-resume")
-        load_checkpoint(path, module, optimizers)
-        print0(f"resuming  after step {step}")
-    if WORLD_SIZE > 1:
-        steps = [None] * WORLD_SIZE
-        dist.all_gather_object(steps, step)
-        if min(steps) < max(steps):
-            raise UserError(f"{path} is not the same for all processes: share --out among machines")
-    if RANK == 0:
-        text = log.read_text(errors="replace") if step and log.exists() else ""
-        lines = re.findall(r'^({"step": (\d+), .*}\n)', text, re.MULTILINE)    # but not torn ones
-        kept = "".join(line for line, number in lines if int(number) <= step)
-        write_file(args, "log.jsonl", lambda file: file.write(kept.encode()))
-    return step
+def resume(args, pretrainer, optimizers):
+    """Go on from OUT's checkpoint if there is one, and return its log."""
+    path = Path(args.out, "checkpoint.pt")
+    if not os.path.exists(path):
+        return []
+    saved = load_checkpoint(path)
+    for name, value in vars(args).items():
+        if name not in FREE and value != saved["config"].get(name):
+            raise UserError(f"{path} has {name} {saved['config'].get(name)}, not {value}: give "
+                            "another --out, or delete it")
+    pretrainer.load_state_dict(saved["pretrainer"])
+    for optimizer, state in zip(optimizers, saved["optimizers"]):
+        optimizer.load_state_dict(state)
+    print0(f"going on after step {saved['log'][-1]['step']}")
+    return saved["log"]
 
-# ---- 9. Evaluation -----------------------------------------------------------------------------
-# Fixed corruptions, in full and along the way. No gradients but those that `restore` takes itself.
+# ==== 8. Evaluation ===========================================================
+def psnr(y, x):
+    """Peak signal-to-noise ratio in dB of y against x, in [-1, 1], whose peak-to-peak is 2."""
+    return 10 * math.log10(4 / max((y - x).square().mean().item(), 1e-12))
 
-def corruption_options(args):
-    """How hard the tasks are, as `corrupt` takes it."""
-    return {name: getattr(args, name) for _, names, _ in CORRUPTIONS.values() for name in names}
+def share(truths):
+    return truths.float().mean().item()
 
 @torch.no_grad()
-def evaluate(pretrainer, x, tasks, options, chunk=64):
-    """Corrupt and restore images x (M, 3, S, S), and ask whether low energy means data, on one
-    process: {task: {name: value}}.
+def evaluate(pretrainer, x, tasks, options, chunk=32):
+    """Corrupt and restore images x (M, 3, S, S): {task: {metric: value}}, {task: iterates}.
 
-    psnr_corrupted and psnr_restored (one value a step): dB of the squared error averaged over all
-    images, since a mean of per-image decibels is ruled by images that the corruption hardly
-    touches; *_hidden (mim): the same over hidden pixels. psnr_clean, psnr_quarter: of a clean image
-    after one step, of a quarter-corrupted one before and after. energy_clean, _corrupted,
-    _restored: means. order, order_quarter: share of images that lie lower than themselves at full
-    and at a quarter of the corruption. auroc: share of the pairs of any clean and any corrupted
-    image in which the clean one lies lower. descent: share of images whose energy the first step
-    lowers. (Ties count as failures.) rank_correlation: Spearman's, of E(x_s) - E(x) and
-    |x_s - x|^2, at strengths s up to 1. slope: their median ratio times 2 alpha, ideally 1."""
-    model, alpha, metrics = pretrainer.model, pretrainer.log_alpha.exp(), {}
-    def energy(y):                                                              # (M,)
-        return torch.cat([model(part) for part in y.split(chunk)]).double()
-    def walk(y, num_steps=1):                                                   # (K, M, 3, S, S)
-        return torch.cat([restore(model, part, alpha, num_steps) for part in y.split(chunk)], 1)
-    def mean(values):
-        return values.double().mean().item()
-    def decibels(y, where=...):
-        return psnr(mean((y - x)[where].square()))
-    clean, psnr_clean = energy(x), decibels(walk(x)[0])
-    s = torch.linspace(1 / len(x), 1, len(x), device=x.device).view(-1, 1, 1, 1)    # one an image
+    psnr_corrupted, psnr_restored (of each restoration step): of all images' error; *_hidden: of
+    hidden pixels. psnr_clean: of a clean image after a step. psnr_quarter: of one corrupted by a
+    quarter, before and after. order, order_quarter: share of images lower clean than corrupted,
+    in full and by a quarter. auroc: the same of any clean and any corrupted one. Ties fail."""
+    model, metrics, iterates = pretrainer.model, {}, {}
+    def energy(y):                              # (M,)
+        return torch.cat([model(part) for part in y.split(chunk)])
+    def steps(y, num_steps=1):                  # (K, M, 3, S, S)
+        return torch.cat([restore(model, part, pretrainer.alpha, num_steps)
+                          for part in y.split(chunk)], 1)
+    clean, psnr_clean = energy(x), psnr(steps(x)[0], x)
     for task in tasks:
-        x_tilde = corrupt(x, task, make_generator(x.device, -2, TASKS.index(task)), **options)
-        x_hat, corrupted = walk(x_tilde, pretrainer.num_steps), energy(x_tilde)
-        restored = [energy(x_k) for x_k in x_hat]
-        quarter, x_s = torch.lerp(x, x_tilde, 0.25), torch.lerp(x, x_tilde, s)
-        rise, distance = energy(x_s) - clean, (x_s - x).square().flatten(1).sum(1).double()
-        ranks = [(v[:, None] - v).sign().sum(1) for v in (rise, distance)]  # centred; ties share
-        regions = {"": ...} | ({"_hidden": x_tilde != x} if task == "mim" else {})
-        row = metrics[task] = {}
-        for region, where in regions.items():
-            row["psnr_corrupted" + region] = decibels(x_tilde, where)
-            row["psnr_restored" + region] = [decibels(x_k, where) for x_k in x_hat]
-        row |= {
-            "energy_clean": mean(clean), "energy_corrupted": mean(corrupted),
-            "energy_restored": mean(restored[-1]), "psnr_clean": psnr_clean,
-            "order": mean(clean < corrupted), "order_quarter": mean(clean < energy(quarter)),
-            "auroc": mean(clean[:, None] < corrupted), "descent": mean(restored[0] < corrupted),
-            "psnr_quarter": [decibels(quarter), decibels(walk(quarter)[0])],
-            "rank_correlation": F.cosine_similarity(*ranks, dim=0).item(),
-            # 0 / 0, where there was nothing to corrupt, is left out; if there is only that, 0
-            "slope": (2 * alpha * rise / distance).nanmedian().nan_to_num().item()}
-    return metrics
+        x_tilde = corrupt(x, task, make_generator(x.device, "evaluate", task), options)
+        x_hat, quarter = steps(x_tilde, pretrainer.num_steps), x.lerp(x_tilde, 0.25)
+        corrupted, iterates[task] = energy(x_tilde), [x_tilde, *x_hat]
+        row = metrics[task] = {"psnr_corrupted": psnr(x_tilde, x),
+                               "psnr_restored": [psnr(x_k, x) for x_k in x_hat]}
+        if task == "mim":
+            hidden = x_tilde != x
+            row["psnr_corrupted_hidden"] = psnr(x_tilde[hidden], x[hidden])
+            row["psnr_restored_hidden"] = [psnr(x_k[hidden], x[hidden]) for x_k in x_hat]
+        row |= {"psnr_clean": psnr_clean, "energy_clean": clean.mean().item(),
+                "psnr_quarter": [psnr(quarter, x), psnr(steps(quarter)[0], x)],
+                "energy_corrupted": corrupted.mean().item(),
+                "order": share(clean < corrupted), "order_quarter": share(clean < energy(quarter)),
+                "auroc": share(clean[:, None] < corrupted)}
+    return metrics, iterates
 
-def print_table(metrics, num_steps):
+def print_table(metrics):
     """A row for each metric of `evaluate`, a column for each task."""
-    width = 6 * max(2, num_steps) + 3
-    print(f"\n{'(PSNR in dB)':<24}" + "".join(f"{task:<{width}}" for task in metrics))
-    for name in max(metrics.values(), key=len):         # *_hidden is there for one task only
-        digits = 2 if "psnr" in name else 3
-        cells = (torch.tensor(row.get(name, [])).flatten().tolist() for row in metrics.values())
-        texts = (" ".join(f"{value:.{digits}f}" for value in cell) for cell in cells)
-        print(f"{name:<24}" + "".join(f"{text:<{width}}" for text in texts))
+    print(f"\n{'':<24}" + "".join(f"{task:<16}" for task in metrics))
+    for name in max(metrics.values(), key=len):     # *_hidden is there for one task only
+        cells = (torch.tensor(row.get(name, [])).view(-1).tolist() for row in metrics.values())
+        texts = (" ".join(f"{value:.2f}" for value in cell) for cell in cells)
+        print(f"{name:<24}" + "".join(f"{text:<16}" for text in texts))
 
-def draw_picture(pretrainer, x, tasks, options):
-    """For every task a row each of clean, corrupted and restored images, named in the margin."""
+def draw_picture(x, iterates):
+    """A row of clean images x (M, 3, S, S), and of each of a task's iterates, with their names."""
     rows = []
-    for task in tasks:
-        x_tilde = corrupt(x, task, make_generator(x.device, -2, TASKS.index(task)), **options)
-        x_hat = restore(pretrainer.model, x_tilde, pretrainer.log_alpha.exp(), pretrainer.num_steps)
+    for task, (x_tilde, *x_hat) in iterates.items():
         rows += [(f"{task}: clean", x), ("corrupted", x_tilde)]
         rows += [(f"restored, step {k}", x_k) for k, x_k in enumerate(x_hat, 1)]
-    tiles = torch.cat([row for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
-    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))     # nearest neighbour
+    tiles = torch.cat([row[:len(x)] for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))
     grid = torchvision.utils.make_grid(tiles, nrow=len(x), padding=4, pad_value=1.0)
     picture = ImageOps.expand(v2.functional.to_pil_image(grid), (120, 0, 0, 0), "white")
-    for i, (name, _) in enumerate(rows):        # beside the middle of its row
-        ImageDraw.Draw(picture).text((8, (i + 0.5) * (tiles.shape[2] + 4) - 4), name, fill="black")
+    for i, (name, _) in enumerate(rows):
+        middle = (i + 0.5) * (tiles.shape[2] + 4) - 4
+        ImageDraw.Draw(picture).text((8, middle), name, fill="black")
     return picture
 
-# ---- 10. Training ------------------------------------------------------------------------------
-
+# ==== 9. Pretraining ==========================================================
 LOG_EVERY = 50          # steps
 
-def autocast(device):
-    """bfloat16 on CUDA. Never float16: a gradient scaler does not guard the inner gradient. (It
-    moves dE/dx by half a per cent in a ViT or a ConvNeXt, by half in a ResNet: kinks of ReLUs.)"""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-def try_compile(args, pretrainer, x):
-    """Compile the loss, restorations and all, for images like x (B, 3, S, S), or keep it eager."""
-    pretrainer.loss_fn = torch.compile(energy_loss, fullgraph=True)
+def build_pretrainer(args, images, device):
+    """The energy in its Pretrainer, its weights drawn from the seed or read from args.weights."""
+    x, _ = next(image_batches(args, images, device, 32, [0], "statistics"))
+    torch.manual_seed(args.seed)
     try:
-        with autocast(x.device):
-            pretrainer(x, *corrupt_batch(args, pretrainer, x, 0)).backward()
+        model = build_model(args.model, args.image_size, args.patch_size).to(device)
+        # batch norm becomes a fixed map of each image: the statistics of one batch, for good
+        torch.optim.swa_utils.update_bn([x], model)
+        pretrainer = Pretrainer(model, args.alpha, args.restore_steps, args.order_weight)
+        freeze_unused(pretrainer.to(device), x[:2])
+        if args.weights:
+            pretrainer.load_state_dict(load_checkpoint(args.weights)["pretrainer"])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:      # the compiler's errors have no common class
-        pretrainer.loss_fn = energy_loss
-        words = f"{type(error).__name__}: {error}".split("\n")[0]   # from each, as one slows all
-        print(f"warning: process {RANK} goes on without compiling ({words})", file=sys.stderr)
+    except (ValueError, AssertionError, RuntimeError) as error:     # torchvision asserts
+        reason = str(error).split("\n")[0]
+        raise UserError(f"--model {args.model} at {args.image_size} pixels: {reason}")
+    count = sum(p.numel() for p in model.parameters())
+    print0(f"{args.model} of {count:,} parameters, {WORLD_SIZE} processes on {device}; {args.data}"
+           f", {args.num_images or 'endless'} images; {args.max_steps} steps of {args.batch_size}")
+    return pretrainer
 
-def train_step(module, optimizers, inputs, rate):
-    """One optimiser step; returns the loss and the gradient norm before clipping, as (2,)."""
-    module.zero_grad()
-    with autocast(inputs[0].device):
-        loss = module(*inputs)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm=1.0)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-    return torch.stack([loss.detach(), norm])
+def save_checkpoint(args, pretrainer, optimizers, log):
+    """Write checkpoint.pt, for going on, and backbone.pt, all but the read-out, for elsewhere."""
+    backbone = getattr(pretrainer.model, "net", pretrainer.model).state_dict()
+    backbone.pop("head.weight", None)
+    checkpoint = {"pretrainer": pretrainer.state_dict(), "config": vars(args), "log": log,
+                  "optimizers": [o.state_dict() for o in optimizers]}
+    lines = "".join(json.dumps(record) + "\n" for record in log)
+    write_file(args, "log.jsonl", lambda file: file.write(lines.encode()))
+    write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
+    write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-def check_finite(recent, step):
-    """The mean loss and last gradient norm of the `recent` train_steps up to `step`. So far they
-    stayed on the device, which need not wait; averaged over processes, all raise one UserError."""
-    values = torch.stack(recent)                                                # (steps, 2)
+def train(args, pretrainer, images, device):
+    """Take the steps that OUT's checkpoint has not taken yet, and save on the way."""
+    optimizers = build_optimizers(pretrainer, args.weight_decay)
+    log = resume(args, pretrainer, optimizers)
+    if args.compile:
+        pretrainer.compile(fullgraph=True)
+    module = pretrainer if WORLD_SIZE == 1 else DistributedDataParallel(pretrainer)
+    last, start = log[-1]["step"] if log else 0, time.time()
+    steps = range(last + 1, args.max_steps + 1)
+    batches = image_batches(args, images, device, args.batch_size, steps, "train", RANK, WORLD_SIZE)
+    for step, (x, _) in zip(steps, batches):
+        generator = make_generator(device, "corrupt", args.seed, step, RANK)
+        x_tilde, num_partial = corrupt_batch(x, args.task.split(","), generator, vars(args),
+                                             step + RANK * len(x), args.partial_share)
+        with autocast(device):
+            loss = module(x, x_tilde, num_partial)      # Eq. (3) and (4)
+        pretrainer.zero_grad()
+        loss.backward()             # back through dE/dx; DistributedDataParallel averages
+        norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
+        rate = set_learning_rate(args, optimizers, step)
+        for optimizer in optimizers:
+            optimizer.step()
+        save = step % args.save_every == 0 or step == args.max_steps
+        if save or step % LOG_EVERY == 0 or step == 1:
+            if not math.isfinite(loss.item() + norm.item()):
+                raise UserError(f"step {step}: loss {loss.item()}; not saved; lower --lr")
+            speed, last, start = (step - last) / (time.time() - start), step, time.time()
+            log.append({"step": step, "loss": loss.item(), "gradient_norm": norm.item(),
+                        "lr": rate, "images_per_second": args.batch_size * speed})
+            print0(*(f"{name} {value:<9.4g}" for name, value in log[-1].items()),
+                   f"{(args.max_steps - step) / speed / 60:.1f} minutes left")
+        if save and RANK == 0:
+            save_checkpoint(args, pretrainer, optimizers, log)
+
+def held_out_count(args, held_out, most, part):
+    """How many images to evaluate on: by default a part of those trained on, to save time."""
+    count = args.eval_images or min(most, 8 + args.max_steps * args.batch_size // part)
+    return min(count, len(held_out)) if held_out else count
+
+def pretrain(args, device):
+    """Train, unless --evaluate, then measure on held-out images: {task: {metric: value}}."""
+    images, held_out, _ = open_data(args)
+    pretrainer = build_pretrainer(args, images, device)
+    if not args.evaluate:
+        train(args, pretrainer, images, device)
     if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    for i, (loss, norm) in enumerate(values.tolist(), step - len(recent) + 1):
-        if not math.isfinite(loss + norm):
-            raise UserError(f"step {i}: loss {loss}, gradient norm {norm}; not saved; lower --lr")
-    return values[:, 0].mean().item(), values[-1, 1].item()
+        dist.destroy_process_group()
+    if RANK > 0:
+        return {}
+    count = held_out_count(args, held_out, 256, 100)
+    print(f"evaluating on {count} images", flush=True)
+    x, _ = next(image_batches(args, held_out, device, count, [0], "held out"))
+    with autocast(device):
+        metrics, iterates = evaluate(pretrainer, x, args.task.split(","), vars(args))
+    print_table(metrics)
+    picture = draw_picture(x[:8], iterates)
+    write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
+    write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
+    return metrics
 
-def log_progress(record, args):
-    """One line to the screen, overwritten if that is a terminal, and one to OUT/log.jsonl."""
-    try:
-        with open(Path(args.out, "log.jsonl"), "a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise UserError(f"{args.out}/log.jsonl: cannot be written ({error})")
-    r, terminal = record, sys.stdout.isatty()
-    left = int((args.max_steps - r["step"]) * args.batch_size / r["images_per_second"])   # seconds
-    what = f"accuracy {r['accuracy']:.1%}" if args.finetune else (
-        f"{r['task']:>7} {r['psnr_corrupted']:5.2f} -> {r['psnr_restored'][-1]:5.2f} dB  E clean "
-        f"{r['energy_clean']:.2f} corrupted {r['energy_corrupted']:.2f} restored "
-        f"{r['energy_restored']:.2f}  alpha {r['alpha']:.1f}")
-    line = (f"step {r['step']:>5}/{args.max_steps}  loss {r['loss']:.4f}  {what}  grad "
-            f"{r['gradient_norm']:.3f}  lr {r['lr']:.1e}  {r['images_per_second']:.0f} images/s  "
-            f"{left // 60}:{left % 60:02} left")
-    end = "" if terminal and r["step"] < args.max_steps else "\n"
-    print("\r\033[K" * terminal + line, end=end, flush=True)
+# ==== 10. Use of the weights ==================================================
+# Did pretraining pay? A classifier on few labels, from a checkpoint and from scratch.
+def finetune(args, device):
+    """Train a classifier on the network of a checkpoint, or on a new one: {"accuracy": share}."""
+    images, held_out, num_classes = open_data(args)
+    if num_classes < 2:
+        raise UserError(f"--data {args.data}: --finetune needs a folder for each of its classes")
+    model = build_pretrainer(args, images, device).model.requires_grad_(not args.freeze)
+    model.head.requires_grad_(False)        # the energy has no part in it
+    dim = model.head.in_features            # the norm lets one learning rate fit all networks
+    norm, linear = nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_classes)
+    classifier = nn.ModuleDict({"model": model, "norm": norm, "linear": linear}).to(device)
+    optimizers = build_optimizers(classifier, args.weight_decay)
+    steps = range(1, args.max_steps + 1)
+    batches = image_batches(args, images, device, args.batch_size, steps, "train")
+    for step, (x, labels) in zip(steps, batches):
+        with autocast(device):
+            loss = F.cross_entropy(linear(norm(model.represent(x))), labels)
+        classifier.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(classifier.parameters(), max_norm=1.0)
+        set_learning_rate(args, optimizers, step)
+        for optimizer in optimizers:
+            optimizer.step()
+        if step % LOG_EVERY == 0 or step in (1, args.max_steps):
+            print(f"step {step}/{args.max_steps}  loss {loss.item():.4f}", flush=True)
+    count, hits = held_out_count(args, held_out, 10_000, 4), []
+    steps = range(math.ceil(count / 32))
+    norm.eval()                             # the running statistics, not a batch's
+    with torch.no_grad(), autocast(device):
+        for x, labels in image_batches(args, held_out, device, 32, steps, "held out"):
+            hits.append(linear(norm(model.represent(x))).argmax(1) == labels)
+    metrics = {"accuracy": share(torch.cat(hits)[:count])}
+    print(f"{metrics['accuracy']:.1%} of {count} held-out images are classified right")
+    write_file(args, "classifier.pt", lambda file: torch.save(classifier.state_dict(), file))
+    write_file(args, "metrics.json", lambda file: file.write(json.dumps(metrics).encode()))
+    return metrics
 
-def corrupt_batch(args, pretrainer, x, step):
-    """Corrupt images (B, 3, S, S) for a step; return what Pretrainer.forward takes after x:
-    x_tilde, the images' weights (B,), and for Eq. (4) x_s of the first sixteenth of the images, s
-    uniform but at least 1/20 (None without args.order_weight).
-
-    Several tasks are dealt out in turn to the images of all processes. Two kinds of images teach a
-    step to leave what is nearly clean as it is. A share 1 - args.full_share is corrupted with a
-    strength s = u^2 only, u uniform in [0, 1], and weighs 1/s, at most 5: a compromise, as squared
-    errors fall with s^2. And one image in args.walk_every of each task is first restored, without a
-    graph, and trained from where it then is: restored images err as no corruption does, and a
-    second walk would begin at one."""
-    tasks, options = args.task.split(","), corruption_options(args)
-    generator = make_generator(x.device, args.seed, step, RANK, 1)
-    # the turn of this process's first image; hashed, so that the spare turns fall to all tasks
-    first = hash((args.seed, step)) + RANK * len(x)
-    mean_weight = statistics.mean(CORRUPTIONS[task][2] for task in tasks)
-    x_tilde, weights, x_s = torch.empty_like(x), x.new_empty(len(x)), None
-    for i in range(min(len(tasks), len(x))):
-        task, own = tasks[(first + i) % len(tasks)], slice(i, None, len(tasks))
-        x_tilde[own] = corrupt(x[own], task, generator, **options)
-        weights[own] = CORRUPTIONS[task][2] / mean_weight
-    def uniform(count):
-        return torch.rand(count, 1, 1, 1, generator=generator, device=x.device)
-    if args.order_weight:
-        n = max(1, len(x) // 16)
-        x_s = torch.lerp(x[:n], x_tilde[:n], uniform(n).clamp(min=0.05))
-    s = torch.where(uniform(len(x)) < args.full_share, 1.0, uniform(len(x)).square())
-    x_tilde, weights = torch.lerp(x, x_tilde, s), weights / s.flatten().clamp(min=0.2)
-    walking = [i for i in range(len(x))
-               if args.walk_every and (first + i) // len(tasks) % args.walk_every == 0]
-    if walking:
-        where = torch.tensor(walking).to(x.device, non_blocking=True)
-        with autocast(x.device):
-            x_tilde[where] = restore(pretrainer.model, x_tilde[where], pretrainer.log_alpha.exp(),
-                                     args.num_steps)[-1]
-    return x_tilde, weights, x_s
-
-@contextlib.contextmanager
-def stop_signals():
-    """In here Ctrl-C and SIGTERM, by which machines are taken away, only leave a note. Gives a
-    function that all processes call after each step: the signal that reached any, or 0."""
-    received = [0]
-    def asked_to_stop():
-        latest = torch.tensor(received[-1])         # on the CPU: by gloo, and no GPU need wait
-        if WORLD_SIZE > 1:
-            dist.all_reduce(latest, dist.ReduceOp.MAX)
-        return latest.item()
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, lambda number, frame: received.append(number))
-            stack.callback(signal.signal, number, before)
-        yield asked_to_stop
-
-def train(args, module, optimizers, crops, device, first_step):
-    """Take the steps after first_step. module: a Pretrainer, or with args.finetune a Classifier."""
-    # Buckets of 5 MiB are averaged while the backward pass goes on; one of the usual 25 would hold
-    # a small network's gradients until its end, where compiled ones come anyway.
-    wrapped = module if WORLD_SIZE == 1 else DistributedDataParallel(module, bucket_cap_mb=5)
-    batches = image_batches(args, crops, device, args.batch_size, range(first_step, args.max_steps),
-                            args.seed, RANK, WORLD_SIZE, args.workers)
-    recent, since, images_since = [], time.perf_counter(), 0
-    with stop_signals() as asked_to_stop:
-        for step, (x, labels) in enumerate(batches, first_step + 1):    # 1 is the first
-            inputs = (labels,) if args.finetune else corrupt_batch(args, module, x, step)
-            rate = learning_rate(args, step - 1)
-            recent.append(train_step(wrapped, optimizers, (x, *inputs), rate))
-            images_since += args.batch_size
-            log = step % LOG_EVERY == 0 or step == args.max_steps
-            stop = asked_to_stop()
-            save = step % args.save_every == 0 or step == args.max_steps or stop
-            if log or save:
-                loss, norm = check_finite(recent, step)
-            if log and RANK == 0:
-                record = {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate,
-                          "images_per_second": images_since / (time.perf_counter() - since)}
-                since, images_since = time.perf_counter(), 0        # what follows takes time, too
-                task = args.task.split(",")[step // LOG_EVERY % (args.task.count(",") + 1)]
-                record |= {"accuracy": module.accuracy(x, labels)} if args.finetune else {
-                    "task": task, "alpha": module.log_alpha.exp().item(),
-                    **evaluate(module, x[:32], [task], corruption_options(args))[task]}
-                log_progress(record, args)
-            if log:
-                recent.clear()
-            if save and RANK == 0:
-                save_checkpoint(args, module, optimizers, step)
-            if stop:
-                print0(f"\n{signal.Signals(stop).name}: saved after step {step}; "
-                       "the same command goes on from there", file=sys.stderr)
-                sys.exit(128 + stop)
-
-# ---- 11. Use of the weights --------------------------------------------------------------------
-# Did pretraining pay? The same loop trains a classifier; a vote among neighbours trains nothing.
-
-LABELLED = 4096         # at most so many images vote, and as many held-out ones are classified
-
-class Classifier(nn.Module):
-    """A backbone with a linear classifier on its representation, and its loss. freeze: the backbone
-    stays as it is, so that a linear probe is trained. Batch norm comes before it, as in the probes
-    of masked autoencoders (He et al., 2022)."""
-    def __init__(self, model, num_classes, freeze=False):
-        super().__init__()
-        self.model = model.requires_grad_(not freeze)
-        self.model.head.requires_grad_(False)           # the energy has no part in it
-        self.norm = nn.BatchNorm1d(model.head.in_features, affine=False)
-        self.linear = nn.Linear(model.head.in_features, num_classes)
-
-    def forward(self, x, labels):
-        return F.cross_entropy(self.linear(self.norm(self.model.represent(x))), labels)
-
-    @torch.no_grad()
-    def accuracy(self, x, labels, chunk=64):
-        self.norm.eval()                        # here the running statistics, not those of a chunk
-        guess = [self.linear(self.norm(self.model.represent(y))).argmax(1) for y in x.split(chunk)]
-        self.norm.train()
-        return (torch.cat(guess) == labels).double().mean().item()
-
-@torch.no_grad()
-def knn_accuracy(model, x, labels, x_test, labels_test, k=10, chunk=64):
-    """Share of test images whose k nearest of x, by the cosine of their representations, have the
-    image's own label most often. Nothing is trained."""
-    features, test = (torch.cat([F.normalize(model.represent(part)) for part in y.split(chunk)])
-                      for y in (x, x_test))
-    nearest = (test @ features.T).topk(min(k, len(x)), 1).indices               # (M, k)
-    return (labels[nearest].mode(1).values == labels_test).double().mean().item()
-
-def whole_images(args, crops, device, seed):
-    """Up to LABELLED images (M, 3, S, S), the middle of each, and their labels (M,); of landscapes
-    a quarter, since drawing them takes several times their own memory."""
-    count = min(LABELLED, 2**30 // (12 * args.image_size**2))       # at most 1 GiB
-    count = count // 4 if crops is None else min(count, len(crops.source))
-    crops = crops and Crops(crops.source, args.image_size, augment=False)
-    return next(image_batches(args, crops, device, count, [0], seed))
-
-# ---- 12. Benchmark -----------------------------------------------------------------------------
-# What does training through a gradient cost? Counted in operations, a linear layer is passed once
-# forward, once by the inner gradient and four times by the gradient of both; supervised, 1 + 2.
-
-def eager_loss(energy_fn, x, x_tilde, alpha, *_):
-    """Eq. (3) for one step, as one would write it without a thought of torch.compile."""
-    x_tilde = x_tilde.detach().requires_grad_() + 0         # FlopCounterMode wants no leaf here
-    slope, = torch.autograd.grad(energy_fn(x_tilde).float().sum(), x_tilde, create_graph=True)
-    return F.smooth_l1_loss(x_tilde - alpha * slope, x)
-
-def benchmark(args, repetitions=10):
-    """Print what training steps cost, timed side by side, all under AdamW, with one restoration
-    step; return {row: median seconds}. "ops" is a row's ratio to `supervised` in operations."""
-    device = set_up_device(args)
-    cuda = device.type == "cuda"
-    size = args.batch_size // WORLD_SIZE, 3, args.image_size, args.image_size
-    x, labels = torch.rand(size, device=device), torch.zeros(size[0], dtype=int, device=device)
-    pretrainer = build_pretrainer(args, x)
-    energy, pretrainer.num_steps = pretrainer.model, 1
-    nn.init.normal_(energy.head.weight)
-    classifier = Classifier(copy.deepcopy(energy), 1000).to(device)
-    classifier.norm.eval()                      # takes one image, too
-    def step(module, target):
-        optimizers = [torch.optim.AdamW(p for p in module.parameters() if p.requires_grad)]
-        return lambda: train_step(module, optimizers, (x, target), 0.0)
-    rows = {"forward": autocast(device)(torch.no_grad()(lambda: energy(x))),
-            "supervised, eager": step(classifier, labels),
-            "supervised, compiled": step(torch.compile(classifier, fullgraph=True), labels)}
-    for name, loss_fn in (("autograd.grad", eager_loss), ("--no-compile", energy_loss),
-                          ("--compile", torch.compile(energy_loss, fullgraph=True))):
-        pretrainer = copy.copy(pretrainer)      # the same parameters
-        pretrainer.loss_fn = loss_fn
-        rows["energy, " + name] = step(pretrainer, x.clone())
-    flops, memory = {"8192^3 product": 2 * 8192**3}, {}
-    for name in ("forward", "supervised, eager", "energy, autograd.grad"):
-        with FlopCounterMode(display=False) as counter:
-            rows[name]()
-        flops[name.split(",")[0]] = counter.get_total_flops()
-    for module in classifier.modules():
-        if isinstance(module, Attention):       # counted before: not all fused kernels are known
-            module.attend = F.scaled_dot_product_attention      # faster, no second derivative
-    if cuda:            # the peak to hold the other rows' TFLOP/s against
-        a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
-        rows["8192^3 product, bfloat16"] = lambda: a @ a
-    seconds = {name: [] for name in rows}
-    for name, row in list(rows.items()) * (repetitions + 3):        # the first 3 rounds warm up
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        start = timer()                         # waits for the GPU, then reads the clock
-        row()
-        seconds[name].append(timer() - start)
-        memory[name] = torch.cuda.max_memory_allocated() / 2**30        # 0 without CUDA
-    medians = {name: statistics.median(values[3:]) for name, values in seconds.items()}
-    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} thread(s)"
-    print0(f"{args.model}, {args.image_size} px, batch {len(x)}; {where}, torch {torch.__version__}"
-           f"\n{'':<24}      ms  / supervised    ops  images/s  TFLOP/s"
-           + "  peak memory  of product" * cuda)
-    peak = flops["8192^3 product"] / medians.get("8192^3 product, bfloat16", 1)
-    for name, value in medians.items():
-        count = flops[name.split(",")[0]]
-        used = f"{memory[name]:9.2f} GiB{count / value / peak:12.1%}" if cuda else ""
-        print0(f"{name:<24}{value * 1e3:8.1f}{value / medians['supervised, compiled']:14.2f}"
-               f"{count / flops['supervised']:7.2f}{len(x) / value:10.0f}"
-               f"{count / value / 1e12:9.3f}{used}")
-    return medians
-
-# ---- 13. Command line --------------------------------------------------------------------------
-
-FLAGS = (  # name, type (None: a switch), default or (without CUDA, with CUDA), meaning; device last
-    ("--task", str, "all", f"one of {', '.join(TASKS)}, a comma list, or all"),
-    ("--data", str, "procedural", "procedural (landscapes drawn on the spot), a folder of images, "
-     f"or {', '.join(NAMED_DATA)} (downloaded to ./data)"),
-    ("--augment", bool, True, "random crops and flips of the images; else the middle, as it is"),
-    ("--model", str, ("nano", "small"), f"{', '.join(VIT_SIZES)}, or torchvision's, as resnet18"),
-    ("--image-size", int, (32, 224), "side of the images in pixels"),
-    ("--patch-size", int, None, "side of a ViT's patches (default: 4 below 128 pixels, else 16)"),
-    ("--epochs", int, (None, 100), f"over the data; {EPOCH_OF_LANDSCAPES} landscapes are one"),
-    ("--max-steps", int, (1500, None), "optimiser steps, if --epochs does not end before"),
-    ("--batch-size", int, (32, 128 * WORLD_SIZE), "images per step; with CUDA 128 each process"),
-    ("--lr", float, (2.4e-2, 1.5e-3), "peak learning rate at batch size 256, scaled by its root"),
-    ("--weight-decay", float, 0.05, "of matrices only"),
-    ("--warmup-steps", int, None, "of the learning rate (default: 1/20 of all steps)"),
-    ("--num-steps", int, 1, "K, restoration steps"),
-    ("--alpha", float, 256.0, "step size that restoration begins training with"),
-    ("--order-weight", float, 0.002, "weight of Eq. (4), by which clean images lie lowest"),
-    ("--full-share", float, 0.9, "share of images corrupted in full, the others in part"),
-    ("--walk-every", int, 8, "one image in so many is trained where a first walk ends; 0: none"),
-    ("--mask-ratio", float, 0.5, "mim: share of the blocks that is hidden"),
-    ("--mask-grid", int, 8, "mim: blocks per side"),
-    ("--sort-grid", int, 4, "sort: pieces per side"),
-    ("--sr-factor", int, 4, "sr: how many times smaller"),
-    ("--noise-std", float, 0.5, "denoise: standard deviation, the pixels' range being 2"),
-    ("--out", str, None, "folder to write to (default: runs/TASK, runs/finetune or runs/scratch)"),
-    ("--save-every", int, 500, "optimiser steps between checkpoints"),
-    ("--resume", bool, True, "go on from the checkpoint in --out if there is one"),
-    ("--evaluate", None, False, "train nothing: table and picture of the checkpoint in --out"),
-    ("--finetune", str, None, "train a classifier: from this checkpoint.pt, or from scratch"),
-    ("--freeze", None, False, "with --finetune: train a linear probe only (--lr 0.1)"),
-    ("--labels", int, None, "use so many training images only (default: all)"),
-    ("--benchmark", None, False, "train nothing: time training steps of --model side by side"),
-    ("--compile", bool, (False, True), "torch.compile the loss with its inner gradient"),
-    ("--workers", int, min(8, max(1, (os.cpu_count() or 1) // 2)), "decoders per process"),
-    ("--seed", int, 0, "of all that is random"),
-    ("--device", str, "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda or cuda:N"))
+# ==== 11. Command line ========================================================
+CPU = {"model": "nano", "image_size": 32, "batch_size": 32, "lr": 8.5e-3,
+       "max_steps": 1500, "epochs": None, "save_every": 100, "compile": False}
+GPU = {"model": "small", "image_size": 224, "batch_size": 128 * WORLD_SIZE, "lr": 1.5e-3,
+       "max_steps": 2000, "epochs": 100, "save_every": 500, "compile": True}
+FINETUNE = {"lr": 2e-3, "max_steps": 600, "epochs": None}
+NETWORK = ("model", "image_size", "patch_size", "alpha", "data", "augment")  # go with weights
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(message + "; see --help")
 
-def check_args(args):
-    """Raise UserError at the first value that makes no sense or does not fit the others."""
-    def require(holds, name, expected):
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
-    tasks = [] if args.finetune or args.benchmark else args.task.split(",")  # they corrupt nothing
-    require(set(tasks) <= set(TASKS), "task", f"choose from {', '.join(TASKS)}, or all")
-    models = [*VIT_SIZES, *torchvision.models.list_models(torchvision.models)]
-    require(args.model in models, "model", f"choose from {', '.join(VIT_SIZES)}, or a "
-            "classification model of torchvision")
-    zero_too = "weight_decay warmup_steps workers seed order_weight full_share walk_every".split()
-    for name, value in vars(args).items():
-        if type(value) in (int, float):
-            require(0 < value < 2**63 or value == 0 and name in zero_too, name,
-                    f"must be {'0 or more' if name in zero_too else 'above 0'}, below 2^63")
-    require(args.device in ("cpu", "cuda", *(f"cuda:{i}" for i in range(128))), "device",
-            "give cpu, cuda or cuda:N")
-    require(args.finetune or not args.freeze, "freeze", "is for --finetune")
-    require(args.full_share <= 1, "full_share", "must be 1 or less")
-    require(args.evaluate or args.batch_size % WORLD_SIZE == 0, "batch_size",
-            f"must be a multiple of the {WORLD_SIZE} processes")
-    require(not args.finetune or args.batch_size > WORLD_SIZE, "batch_size",
-            "--finetune needs two images or more for each process")
-    for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")):
-        value = getattr(args, name)
-        require(task not in tasks or value > 1 and args.image_size % value == 0, name,
-                f"must divide the image size, {args.image_size}, and be above 1")
-    blocks = args.mask_grid**2
-    require("mim" not in tasks or 0 < round(args.mask_ratio * blocks) < blocks, "mask_ratio",
-            f"must hide some of the {blocks} blocks and leave some")
+def real(path):
+    """A path in one spelling, for two are no two configurations; names such as cifar10 stay."""
+    return os.path.realpath(path) if os.path.exists(path) else path
+
+def build_parser():
+    parser, switch = Parser(), argparse.BooleanOptionalAction
+    parser.epilog = f"Defaults on a CPU: {CPU}; on GPUs: {GPU}, of which epochs count with --data."
+    add = parser.add_argument_group("what to do").add_argument
+    add("--task", default="all", help=f"{', '.join(TASKS)}, a comma list, or all")
+    add("--evaluate", action="store_true", help="train nothing: table and picture of --out")
+    add("--init", type=real, metavar="FILE", help="begin with the weights of this checkpoint.pt")
+    add("--finetune", type=real, metavar="FILE", help="train a classifier from this; or scratch")
+    add("--freeze", action="store_true", help="with --finetune: only a linear probe")
+    add("--out", help="folder; default: runs/TASK, runs/finetune or runs/scratch")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or mps (untried)")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", type=real, default="procedural", help="folder, image file, cifar10, cifar100")
+    add("--labels", type=int, help="train on so many images only")
+    add("--image-size", type=int, help="side in pixels")
+    add("--augment", action=switch, default=True, help="random crops and flips")
+    add("--workers", type=int, default=min(8, os.cpu_count()), help="decoders per process")
+    add = parser.add_argument_group("energy and loss").add_argument
+    add("--model", help=f"{', '.join(VIT_SIZES)}, or torchvision's, as resnet18")
+    add("--patch-size", type=int, help="of a ViT; default: 4 below 128 pixels, else 16")
+    add("--restore-steps", type=int, default=1, help="K")
+    add("--alpha", type=float, default=256.0, help="restoration's step size")
+    add("--order-weight", type=float, default=0.007, help="w in Eq. (4)")
+    add("--partial-share", type=float, default=0.1, help="corrupted only in part; 0: no Eq. (4)")
+    add = parser.add_argument_group("corruptions").add_argument
+    add("--mask-ratio", type=float, default=0.5, help="mim: share of hidden blocks")
+    add("--mask-grid", type=int, help="mim: blocks per side; default: up to 8, of whole patches")
+    add("--sort-grid", type=int, help="sort: pieces per side; default: up to 7, of whole patches")
+    add("--sr-factor", type=int, default=4, help="sr: how many times smaller")
+    add("--noise-std", type=float, default=0.5, help="denoise: pixels in [-1, 1]")
+    add = parser.add_argument_group("training").add_argument
+    add("--max-steps", type=int, help="optimiser steps")
+    add("--epochs", type=float, help="over --data, instead of --max-steps")
+    add("--batch-size", type=int, help="images a step, of all processes")
+    add("--lr", type=float, help="peak learning rate; default for convolutions: a tenth")
+    add("--weight-decay", type=float, default=0.05, help="of matrices only")
+    add("--warmup-steps", type=int, help="of the learning rate; default: 1/20")
+    add("--seed", type=int, default=0, help="of all that is random")
+    add("--save-every", type=int, help="steps between checkpoints")
+    add("--eval-images", type=int, help="default: up to 256, a tenth of the run's time")
+    add("--compile", action=switch, help="torch.compile the loss")
+    return parser
 
 def parse_args(argv):
-    """The whole configuration: what was typed, over that of a checkpoint (all of it if --evaluate,
-    the network and its data if --finetune), over the defaults for the device. Raises UserError."""
-    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
-    for flag, kind, default, meaning in FLAGS:
-        action = {None: {"action": "store_true"}, bool: {"action": argparse.BooleanOptionalAction}}
-        if default is not None and kind is not None:
-            texts = default if isinstance(default, tuple) else (default,)
-            texts = ("no limit" if text is None else str(text) for text in texts)
-            meaning += f" (default: {'; with CUDA '.join(texts)})"
-        parser.add_argument(flag, help=meaning, **action.get(kind, {"type": kind}))
-    typed = vars(parser.parse_args(argv))
-    on_cuda = typed.get("device", FLAGS[-1][2]).startswith("cuda")
-    defaults = {flag[2:].replace("-", "_"): default[on_cuda] if isinstance(default, tuple) else
-                default for flag, _, default, _ in FLAGS}
-    if {"max_steps", "epochs"} & typed.keys():              # either one replaces both defaults
-        defaults |= {"max_steps": None, "epochs": None}
-    start, kept = typed.get("finetune"), {"model", "image_size", "patch_size", "data", "augment"}
-    name = {None: typed.get("task", defaults["task"]), "scratch": "scratch"}.get(start, "finetune")
-    defaults["out"] = "runs/" + name.replace(",", "-")
-    if "evaluate" in typed:
-        start = Path(typed.get("out", defaults["out"]), "checkpoint.pt")
-        kept = defaults.keys() - FREE_FIELDS
-    saved = {} if start in (None, "scratch") else load_checkpoint(start)[0]
-    saved = {name: saved[name] for name in kept & saved.keys()}
-    args = argparse.Namespace(**defaults | saved | typed)
+    """The configuration: what was typed, over that of a checkpoint (all of it if --evaluate, the
+    network and its data if --init or --finetune), over the defaults for the device."""
+    parser = build_parser()
+    typed = parser.parse_args(argv)
+    name = {None: typed.task, "scratch": "scratch"}.get(typed.finetune, "finetune")
+    parser.set_defaults(out="runs/" + name.replace(",", "-"))
+    parser.set_defaults(**GPU if typed.device.startswith("cuda") else CPU)
+    parser.set_defaults(**FINETUNE if typed.finetune else {})
+    args = parser.parse_args(argv)
+    weights = f"{args.out}/checkpoint.pt" if args.evaluate else args.init or args.finetune
+    if weights not in (None, "scratch"):
+        saved = load_checkpoint(weights)["config"]
+        parser.set_defaults(**{name: saved[name] for name in saved if
+                               name in NETWORK or args.evaluate and name not in FREE})
+        args = parser.parse_args(argv)
+    args.weights = None if weights == "scratch" else weights
+    if typed.max_steps or typed.epochs:             # either one replaces both defaults
+        args.max_steps, args.epochs = typed.max_steps, typed.epochs
+    elif args.data == "procedural":
+        args.epochs = None                          # landscapes have no end
+    if typed.lr is None and not args.model.startswith((*VIT_SIZES, "vit", "swin")):
+        args.lr /= 10       # convolutions train by AdamW alone, too fast at Muon's rate
     args.task = ",".join(TASKS) if args.task == "all" else args.task
+    args.patch_size = args.patch_size or (4 if args.image_size < 128 else 16)
+    def whole_patches(most):
+        patches = args.image_size // args.patch_size
+        return max(n for n in range(1, most + 1) if patches % n == 0)
+    args.mask_grid = args.mask_grid or whole_patches(8)
+    args.sort_grid = args.sort_grid or whole_patches(7)
     check_args(args)
     return args
 
-def build_pretrainer(args, images):
-    """The energy in its Pretrainer: weights drawn from the seed, the unused ones frozen. UserError
-    with the network's own words if it does not take such images or has no second derivative."""
-    torch.manual_seed(args.seed)
-    try:
-        model = build_model(args.model, args.image_size, args.patch_size)
-        pretrainer = Pretrainer(model, args.alpha, args.num_steps, args.order_weight)
-        # Batch norm becomes a fixed map of each image: the statistics of one batch, once for all.
-        torch.optim.swa_utils.update_bn([images], pretrainer.to(images.device).model)
-        freeze_unused(pretrainer, images[:2])
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, AssertionError, RuntimeError) as error:     # torchvision asserts
-        raise UserError(f"--model {args.model} at {args.image_size} pixels: {error}".split("\n")[0])
-    return pretrainer
-
-def describe(args, device, pretrainer, crops):
-    """Print everything that was resolved."""
-    cuda = device.type == "cuda"
-    counts = [f"{len(part.source)} images" if part else "drawn as needed" for part in crops]
-    print0(f"""\
-device    {torch.cuda.get_device_name(device) if cuda else device}, {WORLD_SIZE} process(es), \
-{'bfloat16 autocast, TF32' if cuda else 'float32'}, torch {torch.__version__}
-data      {args.data}; to train on: {counts[0]}; held out: {counts[1]}
-model     {args.model}, {sum(p.numel() for p in pretrainer.model.parameters()):,} parameters, \
-{args.image_size} px{', to be compiled' if args.compile and not args.finetune else ''}
-training  {f'classifier from {args.finetune}' if args.finetune else args.task}; {args.max_steps} \
-steps of {args.batch_size} images, {args.batch_size // WORLD_SIZE} per process; K = {args.num_steps}
-output    {args.out}""")
-
-def run(args):
-    device = set_up_device(args)
-    *crops, classes = open_data(args)
-    args.num_images = EPOCH_OF_LANDSCAPES if crops[0] is None else len(crops[0].source)
-    if args.epochs is not None:
-        limit = max(1, args.epochs * args.num_images // args.batch_size)
-        args.max_steps = min(limit, args.max_steps or limit)
-    if args.warmup_steps is None:
-        args.warmup_steps = args.max_steps // 20
-    some_images, _ = next(image_batches(args, crops[0], device, 32, [0], seed=-5))
-    module = build_pretrainer(args, some_images)
-    describe(args, device, module, crops)
-    if args.finetune:
-        if args.finetune != "scratch":
-            load_checkpoint(args.finetune, module)
-            args.finetune_crc = zlib.crc32(Path(args.finetune).read_bytes())    # for `resume`
-        if RANK == 0:
-            test = whole_images(args, crops[1], device, seed=-2)
-            knn = knn_accuracy(module.model, *whole_images(args, crops[0], device, seed=-4), *test)
-        module = Classifier(module.model, classes, args.freeze).to(device)
-    if args.evaluate:
-        then, _ = load_checkpoint(Path(args.out, "checkpoint.pt"), module)
-        count = then.get("num_images")
-        if (args.data, args.labels) == (then.get("data"), then.get("labels")) \
-                and args.num_images != count:
-            print0(f"warning: {args.data} had {count} images to train on, now {args.num_images}: "
-                   "some that are held out now were not then", file=sys.stderr)
-    else:
-        optimizers = build_optimizers(module, args.weight_decay)
-        first_step = resume(args, module, optimizers)
-        if args.compile and not args.finetune and first_step < args.max_steps:
-            size = args.batch_size // WORLD_SIZE, 3, args.image_size, args.image_size
-            try_compile(args, module, torch.zeros(size, device=device))
-        train(args, module, optimizers, crops[0], device, first_step)
-    metrics = {}
-    if RANK == 0:
-        if args.finetune:
-            metrics = {"knn": knn, "accuracy": module.accuracy(*test)}
-            print(f"\n{metrics['accuracy']:.1%} of {len(test[0]):,} held-out images are classified "
-                  f"right; before training, by a vote of 10 nearest neighbours, {knn:.1%}")
-        else:
-            images, _ = next(image_batches(args, crops[1], device, HELD_OUT, [0], seed=-2))
-            tasks, options = args.task.split(","), corruption_options(args)
-            metrics = evaluate(module, images, tasks, options)
-            print_table(metrics, args.num_steps)
-            picture = draw_picture(module, images[:8], tasks, options)
-            write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
-        write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    return metrics
+def check_args(args):
+    """UserError at the first value that makes no sense or does not fit the others."""
+    zero_too = "weight_decay warmup_steps workers seed order_weight partial_share".split()
+    tasks = [] if args.finetune else args.task.split(",")       # a classifier corrupts nothing
+    checks = [(name, value > 0 or value == 0 and name in zero_too, "too small")
+              for name, value in vars(args).items() if type(value) in (int, float)]
+    checks += [(name, task not in tasks or 1 < getattr(args, name) and
+                args.image_size % getattr(args, name) == 0, "must divide the image size")
+               for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr"))]
+    checks += [
+        ("task", set(tasks) <= set(TASKS), f"choose from {', '.join(TASKS)}, or all"),
+        ("mask_ratio", args.mask_ratio < 1, "must be below 1"),
+        ("partial_share", args.partial_share < 1, "must be below 1"),
+        ("epochs", args.data != "procedural" or not args.epochs, "is for --data"),
+        ("freeze", args.finetune or not args.freeze, "is for --finetune"),
+        ("finetune", WORLD_SIZE == 1 or not args.finetune, "takes one process"),
+        ("device", args.device in ("cpu", "cuda", "mps") or WORLD_SIZE == 1 and
+         re.fullmatch(r"cuda:\d+", args.device), "give cpu, cuda or mps"),
+        ("batch_size", args.evaluate or args.batch_size % WORLD_SIZE == 0,
+         f"must be a multiple of the {WORLD_SIZE} processes"),
+        ("batch_size", args.batch_size > 1 or not args.finetune, "--finetune needs two or more")]
+    for name, holds, expected in checks:
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
 
 def main(argv=None):
-    """Do as the command line says; return {task: {metric: value}}, see `evaluate`, after
-    --finetune {"knn", "accuracy"} (under torchrun on rank 0), or what `benchmark` returns. A
-    mistake of the user's is one line on stderr and SystemExit(2)."""
+    """Do as the command line says; return, on the first process, {task: {metric: value}}, or after
+    --finetune {"accuracy": share}. A mistake of the user's is one line and SystemExit(2)."""
     try:
         args = parse_args(argv)
-        return benchmark(args) if args.benchmark else run(args)
+        device = join_processes(args.device)
+        return (finetune if args.finetune else pretrain)(args, device)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (UserError, RuntimeError, MemoryError, OSError) as error:
-        said = str(error)
-        if (isinstance(error, (torch.OutOfMemoryError, MemoryError))
-                or re.search("can't allocate memory|size calculation overflowed", said)):   # CPU
-            error = "out of memory; a smaller --batch-size, --image-size or --model would fit"
-        elif "DataLoader worker" in said:       # killed, or without shared memory
-            error = f"a decoder failed ({said.splitlines()[-1]}); try fewer --workers, or 0"
-        elif "No working C++ compiler" in said:
-            error = "to compile needs a C++ compiler, such as g++"
-        elif "Connection closed by peer" in said:           # gloo's words
-            error = "another process has ended"
-        elif not isinstance(error, (UserError, OSError)):
-            raise
-        if RANK:        # rank 0 speaks for all; these only if torchrun does not end them first
-            time.sleep(20)
-        print("energy_pretrain.py: error:", *str(error).split(), file=sys.stderr, flush=True)
-        sys.exit(2)
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "out of memory; a smaller --batch-size, --image-size or --model would fit"
+    except torch._dynamo.exc.TorchDynamoException as error:
+        message = f"--compile fails ({type(error).__name__}); --no-compile does without"
+    except UserError as error:
+        message = str(error).splitlines()[-1]       # a decoder's comes behind its traceback
+    print("energy_pretrain.py: error:", message, file=sys.stderr, flush=True)
+    sys.exit(2)
 
 if __name__ == "__main__":
-    try:
-        main()
-    finally:        # Python would end decoders by SIGTERM, which they ignore, and wait for them
-        for decoder in multiprocessing.active_children():
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # torch's handler would object
-            decoder.kill()
+    main()
