@@ -8,24 +8,25 @@ Training asks every step to end at the original. No decoder, no teacher, no heav
     x_{k+1} = x_k - alpha dE/dx(x_k)   the backward pass restores, K steps from x_tilde  (2)
     loss = mean_k d(x_k, x)            every step should end at the clean image x        (3)
          + w relu(1/4 - r)             what is corrupted should lie higher than x        (4)
+                                       (r: the rise of E as a share of an ideal one)
 
 (1) to (3) are the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining
 for Vision Models, ICLR 2023). (4) is ours: a network that learns only to restore is never asked
-about images that are nearly clean, and may rank them below the clean ones. We had the paper's
-abstract and introduction; what they leave open, every number too, is our choice.
+about images that are nearly clean, and may rank them below the clean ones. So are all numbers
+and all that the paper's abstract and introduction leave open; we had no more of it.
 
 Why does an energy appear when one learns to restore? Corrupt x with Gaussian noise of standard
 deviation sigma. By squared error the best restoration is, by Tweedie's formula, x_tilde +
 sigma^2 grad log p_sigma(x_tilde). Compare with (2): alpha E is now -sigma^2 log p_sigma up to a
-constant (Vincent 2011). Other corruptions leave the data in other directions.
+constant (Vincent 2011).
 
     python energy_pretrain.py                                  # all tasks, built-in images
     python energy_pretrain.py --task color --data ~/Pictures   # any folder of images
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
 
 Sections 1 to 3 are the method. Letters: B images, C channels, H W pixels (S by S if square), P
-patch side, N patches, D width, h heads, K restoration steps, M of others. x is clean, x_tilde
-corrupted, x_hat restored; pixels lie in [-1, 1]. "Step" alone is the optimiser's.
+patch side, N patches, D width, h heads, K restoration steps, M of whatever the line says. x is
+clean, x_tilde corrupted, x_hat restored; pixels lie in [-1, 1]. (`step` counts the optimiser's.)
 """
 import argparse
 import json
@@ -52,7 +53,8 @@ class UserError(Exception):
     """What the person at the command line can put right: one line, exit status 2."""
 
 # ==== 1. Corruptions ==========================================================
-# Five verbs, one signature. A sixth task is one more, a line in CORRUPTIONS, a flag an option.
+# Five verbs, one signature. A sixth task is one more function, a row in CORRUPTIONS below, and in
+# `build_parser` one flag for each of its options.
 def patchify(x, patch):
     """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
     x = F.pixel_unshuffle(x, patch)                    # (B, C*P*P, H/P, W/P)
@@ -103,14 +105,14 @@ CORRUPTIONS = {  # task: (its verb, the options that say how hard it is)
 TASKS = list(CORRUPTIONS)
 
 def corrupt(x, task, generator, options):
-    """What the task's verb makes of images x (B, 3, S, S), of the same shape and dtype. options: a
-    dict, of which the verb takes its own."""
+    """Corrupt images x (B, 3, S, S) by the task's verb: new images of the same shape and dtype.
+    options: a dict, from which the verb takes its own."""
     verb, names = CORRUPTIONS[task]
     return verb(x, generator, **{name: options[name] for name in names if name in options})
 
 # ==== 2. The energy ===========================================================
 # A plain Vision Transformer. Its parameters have timm's names and shapes, so that the weights go
-# wherever a ViT goes; only `head`, the energy read-out, is ours.
+# wherever a ViT goes (pool the patches); only `head`, the energy read-out, is ours.
 class Attention(nn.Module):
     """Multi-head self-attention. The softmax is written out, as fused kernels (in
     F.scaled_dot_product_attention) have no second derivative, and training needs one."""
@@ -122,8 +124,8 @@ class Attention(nn.Module):
     def forward(self, x):                                         # (B, N+1, D)
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))   # (B, N+1, 3, h, D/h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # (B, h, N+1, D/h) each
-        weights = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])   # (B, h, N+1, N+1)
-        x = weights.softmax(3) @ v                                # (B, h, N+1, D/h)
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])    # (B, h, N+1, N+1)
+        x = scores.softmax(3) @ v                                 # (B, h, N+1, D/h)
         return self.proj(x.transpose(1, 2).flatten(2))            # (B, N+1, D)
 
 class Block(nn.Module):
@@ -143,13 +145,13 @@ class ViT(nn.Module):
 
     The read-out is a distance, E(x) = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2: how far each embedded
     patch, p_n, is from z_n, what the last layer, having seen them all, expects in its place. So
-    dE/dp_n has a direct term, v (p_n - z_n) / N: the last layer says which way patch n should go,
-    else it would have to learn the way back through all layers. v, at first zero, has any sign."""
+    dE/dp_n has a direct term, v (p_n - z_n) / N: the last layer says which way patch n should go.
+    Without it the signal has to pass back through all layers. v, at first 0, may have any sign."""
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=2, num_heads=3):
         super().__init__()
         num_patches = (image_size // patch_size)**2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))     # timm's; nothing reads it
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))     # timm's; its output is unused
         self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
@@ -162,15 +164,15 @@ class ViT(nn.Module):
         nn.init.zeros_(self.head.weight)
         self.init_local_attention()
     @torch.no_grad()
-    def init_local_attention(self, scale=0.6, width=0.7):
+    def init_local_attention(self, scale=0.6, decay=0.7):
         """Let patches attend to their neighbours, where most of what is missing can be seen; else
         a short training is spent on finding them. Positions are random waves, alike at distance d
-        as exp(-(width d)^2 / 2). As in trained networks (Trockman and Kolter, ICML 2023) keys equal
-        queries, so that like attends to like, and what a patch sees is taken away from it."""
+        as exp(-(decay d)^2 / 2). As in trained networks (Trockman and Kolter, ICML 2023) keys equal
+        queries, so that like attends to like, and the projection is minus the transposed values."""
         nn.init.normal_(self.cls_token, std=scale)
         dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1] - 1)
         place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)      # (N, 2)
-        waves = place @ torch.randn(2, dim) * width + 2 * math.pi * torch.rand(dim)
+        waves = place @ torch.randn(2, dim) * decay + 2 * math.pi * torch.rand(dim)
         self.pos_embed[0, 1:] = scale * math.sqrt(2) * waves.cos()          # (N, D)
         for block in self.blocks:
             query, key, value = block.attn.qkv.weight.chunk(3)    # (D, D) each, not copies
@@ -199,7 +201,7 @@ class ViT(nn.Module):
 
 class TorchvisionEnergy(nn.Module):
     """A torchvision network with the read-out as last layer: (B, 3, S, S) -> (B,). ValueError if
-    its own was not linear."""
+    its own last layer is not linear."""
     def __init__(self, name, image_size):
         super().__init__()
         options = {"image_size": image_size} if name.startswith("vit") else {}
@@ -238,7 +240,7 @@ def build_model(name, image_size=32, patch_size=4):
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     """K = num_steps steps down the energy: x_1 ... x_K, (K, B, 3, S, S).
 
-    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError; each image on its own. A
+    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError, that mixes no images. A
     network of yours must be in evaluation mode, fused attention under torch.nn.attention's
     sdpa_kernel(SDPBackend.MATH). create_graph: so that the result can be differentiated."""
     def total_energy(x):
@@ -255,9 +257,9 @@ def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     return torch.stack(iterates[1:])
 
 def restoration_loss(x_hat, x, x_tilde):
-    """Eq. (3): the mean over images and steps of smooth_l1(x_k, x) / rms(x_tilde - x), a scalar. An
-    error counts relative to how far the image was moved (ours); else tasks that move images far
-    drown the others."""
+    """Eq. (3): the mean over images and steps of smooth_l1(x_k, x) / rms(x_tilde - x), a scalar.
+    The error is divided by how far the image was moved, at least 0.05 (ours); else the tasks that
+    move images far drown the others, and full corruptions the partial ones."""
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
     moved = (x_tilde - x).square().flatten(1).mean(1).sqrt()      # (B,)
     return (error.flatten(2).mean(2) / moved.clamp(min=0.05)).mean()    # Eq. (3)
@@ -265,7 +267,8 @@ def restoration_loss(x_hat, x, x_tilde):
 def order_loss(energy_fn, x, x_s, alpha):
     """Eq. (4), a scalar, for images x_s between x and x_tilde. If all steps from there ended at x,
     dE/dx would be (x_s - x) / alpha, and E(x_s) - E(x) = |x_s - x|^2 / (2 alpha). r is the rise as
-    a share of this ideal; real steps fall short, so a quarter is asked for."""
+    a share of this ideal; real steps fall short, so a quarter is asked for. Where the ideal is next
+    to nothing, below 0.5, an image counts less, lest one divide by zero."""
     ideal = (x_s - x).square().flatten(1).sum(1) / 2              # alpha times as large, (B,)
     above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
     missing = F.relu(ideal / 4 - alpha * (above - below))
@@ -273,8 +276,8 @@ def order_loss(energy_fn, x, x_s, alpha):
 
 class Pretrainer(nn.Module):
     """Energy and loss in one module: DistributedDataParallel averages the gradients of one forward
-    call. alpha need not be learned, since the read-out's scale is; it is large, as E is a mean over
-    patches and dE/dx small."""
+    call. alpha need not be learned, since the read-out's scale is; it is large because a ViT's E is
+    a mean over patches, and so dE/dx small."""
     def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.007):
         super().__init__()
         self.model, self.alpha = model, alpha
@@ -292,9 +295,10 @@ def corrupt_batch(x, tasks, generator, options, turn=0, partial_share=0.1):
     """What a step trains on: (x_tilde, num_partial) for images x (B, 3, S, S). Image i gets task
     turn + i, round and round. The first num_partial are corrupted only in part, mostly a little,
     else restoration would not learn to leave alone what is nearly clean."""
-    x_tilde, M = torch.empty_like(x), len(tasks)
-    for i in range(min(M, len(x))):
-        x_tilde[i::M] = corrupt(x[i::M], tasks[(turn + i) % M], generator, options)
+    x_tilde, count = torch.empty_like(x), len(tasks)
+    for i in range(min(count, len(x))):
+        task = tasks[(turn + i) % count]
+        x_tilde[i::count] = corrupt(x[i::count], task, generator, options)
     num_partial = math.ceil(partial_share * len(x))
     u = torch.rand(num_partial, 1, 1, 1, generator=generator, device=x.device)
     x_tilde[:num_partial] = x[:num_partial].lerp(x_tilde[:num_partial], u**2)
@@ -318,7 +322,8 @@ def print0(*values):
         print(*values, flush=True)
 
 def seed_from(*key):
-    """32 bits, all that CPU generators take; a run that goes on draws what it would have drawn."""
+    """A seed from its use, as ("corrupt", 0, 17), so that a run that goes on draws what it would
+    have drawn. It has 32 bits, all that CPU generators take."""
     return zlib.crc32(repr(key).encode())
 
 def make_generator(device, *key):
@@ -386,8 +391,8 @@ def draw_landscapes(batch_size, size, generator):
     return x.clamp(0, 1) * 2 - 1, kind
 
 def find_images(root):
-    """All images at or below root, (file, class) pairs; each folder right below it is a class. What
-    is hidden, or a run's own picture, is not data."""
+    """All images at or below root, (file, class) pairs; each folder right below it is a class. Left
+    out is what is hidden (. or @ first), and a run's own picture."""
     def mode(path):         # the pixel format, in Pillow's words; "" if this is no image
         try:
             with Image.open(path) as image:
@@ -484,14 +489,14 @@ def crop_keys(num_images, batch_size, steps, key, rank, world_size):
         yield keys
 
 def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_size=1):
-    """Yield for each step this process's images (B, 3, S, S) and labels (B,). use: a word, lest
-    held-out landscapes be those trained on."""
+    """Yield for each step this process's images (B, 3, S, S) and labels (B,). use: a word that goes
+    into the seed. Held-out images are cropped as those trained on, but for a classifier."""
     if pairs is None:
         for step in steps:
             generator = make_generator(device, use, args.seed, step, rank)
             yield draw_landscapes(batch_size // world_size, args.image_size, generator)
         return
-    middle = use == "held out" and (args.finetune or len(pairs) == 1)   # of one's own picture
+    middle = use == "held out" and (args.finetune or len(pairs) == 1)   # one's own picture, too
     crops = Crops(pairs, args.image_size, args.augment and not middle)
     keys = crop_keys(len(pairs), batch_size, steps, (use, args.seed), rank, world_size)
     for x, labels in torch.utils.data.DataLoader(
@@ -501,8 +506,8 @@ def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_siz
 # ==== 6. Optimisers and schedule ==============================================
 def build_optimizers(module, weight_decay):
     """[AdamW, Muon]. Muon (Jordan et al., 2024) turns the momentum of an inner matrix into roughly
-    the nearest orthogonal one, so that all its directions move equally far; AdamW alone takes several
-    times as many steps. Biases, norms, scales, positions and tokens do not decay."""
+    the nearest orthogonal one, so that all its directions move equally far; under AdamW alone a
+    ViT learns much more slowly. Biases, norms, scales, positions and tokens do not decay."""
     inner, decaying, exempt = [], [], []        # a ResNet has no inner ones
     for name, p in module.named_parameters():
         if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale")):
@@ -519,7 +524,7 @@ def build_optimizers(module, weight_decay):
 def set_learning_rate(args, optimizers, step):
     """Of step 1 ... max_steps: linear warm-up to args.lr, then half a cosine to zero."""
     warmup = args.max_steps // 20 if args.warmup_steps is None else args.warmup_steps
-    done = (step - warmup) / (args.max_steps + 1 - warmup)
+    done = max(0, step - warmup) / max(1, args.max_steps + 1 - warmup)
     rate = args.lr * (step / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -527,9 +532,9 @@ def set_learning_rate(args, optimizers, step):
     return rate
 
 # ==== 7. Checkpoints ==========================================================
-# Plain dicts of tensors, numbers and strings, so that loading one can run no code. A run that was
-# interrupted or killed goes on from its last one when the same command, but for these flags,
-# is given again; nor does --evaluate take these from the checkpoint.
+# Plain dicts of tensors, numbers and strings, so that loading one can run no code. An interrupted
+# or killed run goes on from its last one when the same command is given again. Only these flags
+# may differ then, and --evaluate does not read them from the checkpoint.
 FREE = ("out", "evaluate", "compile", "workers", "device", "save_every", "lr", "weights")
 
 def write_file(args, name, write):
@@ -637,9 +642,9 @@ def draw_picture(x, iterates):
 # ==== 9. Pretraining ==========================================================
 LOG_EVERY = 50          # steps
 
-def build_pretrainer(args, images, device):
+def build_pretrainer(args, pairs, device):
     """The energy in its Pretrainer, its weights drawn from the seed or read from args.weights."""
-    x, _ = next(image_batches(args, images, device, 32, [0], "statistics"))
+    x, _ = next(image_batches(args, pairs, device, 32, [0], "statistics"))
     torch.manual_seed(args.seed)
     try:
         model = build_model(args.model, args.image_size, args.patch_size).to(device)
@@ -651,8 +656,8 @@ def build_pretrainer(args, images, device):
             pretrainer.load_state_dict(load_checkpoint(args.weights)["pretrainer"])
     except torch.OutOfMemoryError:
         raise
-    except (ValueError, AssertionError, RuntimeError) as error:     # torchvision asserts
-        reason = str(error).split("\n")[0]
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # torchvision's, too
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"--model {args.model} at {args.image_size} pixels: {reason}")
     count = sum(p.numel() for p in model.parameters())
     print0(f"{args.model} of {count:,} parameters, {WORLD_SIZE} processes on {device}; {args.data}"
@@ -670,7 +675,7 @@ def save_checkpoint(args, pretrainer, optimizers, log):
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
-def train(args, pretrainer, images, device):
+def train(args, pretrainer, pairs, device):
     """Take the steps that OUT's checkpoint has not taken yet, and save on the way."""
     optimizers = build_optimizers(pretrainer, args.weight_decay)
     log = resume(args, pretrainer, optimizers)
@@ -679,7 +684,7 @@ def train(args, pretrainer, images, device):
     module = pretrainer if WORLD_SIZE == 1 else DistributedDataParallel(pretrainer)
     last, start = log[-1]["step"] if log else 0, time.time()
     steps = range(last + 1, args.max_steps + 1)
-    batches = image_batches(args, images, device, args.batch_size, steps, "train", RANK, WORLD_SIZE)
+    batches = image_batches(args, pairs, device, args.batch_size, steps, "train", RANK, WORLD_SIZE)
     for step, (x, _) in zip(steps, batches):
         generator = make_generator(device, "corrupt", args.seed, step, RANK)
         x_tilde, num_partial = corrupt_batch(x, args.task.split(","), generator, vars(args),
@@ -705,16 +710,16 @@ def train(args, pretrainer, images, device):
             save_checkpoint(args, pretrainer, optimizers, log)
 
 def held_out_count(args, held_out, most, part):
-    """How many images to evaluate on: by default a part of those trained on, to save time."""
+    """How many images to evaluate on: after a short run few, lest it take longer than the run."""
     count = args.eval_images or min(most, 8 + args.max_steps * args.batch_size // part)
     return min(count, len(held_out)) if held_out else count
 
 def pretrain(args, device):
     """Train, unless --evaluate, then measure on held-out images: {task: {metric: value}}."""
-    images, held_out, _ = open_data(args)
-    pretrainer = build_pretrainer(args, images, device)
+    pairs, held_out, _ = open_data(args)
+    pretrainer = build_pretrainer(args, pairs, device)
     if not args.evaluate:
-        train(args, pretrainer, images, device)
+        train(args, pretrainer, pairs, device)
     if dist.is_initialized():
         dist.destroy_process_group()
     if RANK > 0:
@@ -734,17 +739,18 @@ def pretrain(args, device):
 # Did pretraining pay? A classifier on few labels, from a checkpoint and from scratch.
 def finetune(args, device):
     """Train a classifier on the network of a checkpoint, or on a new one: {"accuracy": share}."""
-    images, held_out, num_classes = open_data(args)
+    pairs, held_out, num_classes = open_data(args)
     if num_classes < 2:
         raise UserError(f"--data {args.data}: --finetune needs a folder for each of its classes")
-    model = build_pretrainer(args, images, device).model.requires_grad_(not args.freeze)
+    model = build_pretrainer(args, pairs, device).model.requires_grad_(not args.freeze)
     model.head.requires_grad_(False)        # the energy has no part in it
-    dim = model.head.in_features            # the norm lets one learning rate fit all networks
-    norm, linear = nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_classes)
+    dim = model.head.in_features
+    norm = nn.BatchNorm1d(dim, affine=False)    # so that one learning rate fits all networks
+    linear = nn.Linear(dim, num_classes)
     classifier = nn.ModuleDict({"model": model, "norm": norm, "linear": linear}).to(device)
     optimizers = build_optimizers(classifier, args.weight_decay)
     steps = range(1, args.max_steps + 1)
-    batches = image_batches(args, images, device, args.batch_size, steps, "train")
+    batches = image_batches(args, pairs, device, args.batch_size, steps, "train")
     for step, (x, labels) in zip(steps, batches):
         with autocast(device):
             loss = F.cross_entropy(linear(norm(model.represent(x))), labels)
@@ -789,9 +795,10 @@ def build_parser():
     parser.epilog = f"Defaults on a CPU: {CPU}; on GPUs: {GPU}, of which epochs count with --data."
     add = parser.add_argument_group("what to do").add_argument
     add("--task", default="all", help=f"{', '.join(TASKS)}, a comma list, or all")
-    add("--evaluate", action="store_true", help="train nothing: table and picture of --out")
-    add("--init", type=real, metavar="FILE", help="begin with the weights of this checkpoint.pt")
-    add("--finetune", type=real, metavar="FILE", help="train a classifier from this; or scratch")
+    one = parser.add_mutually_exclusive_group().add_argument
+    one("--evaluate", action="store_true", help="train nothing: table and picture of --out")
+    one("--init", type=real, metavar="FILE", help="begin with the weights of this checkpoint.pt")
+    one("--finetune", metavar="FILE", help="train a classifier: a checkpoint.pt, or scratch")
     add("--freeze", action="store_true", help="with --finetune: only a linear probe")
     add("--out", help="folder; default: runs/TASK, runs/finetune or runs/scratch")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or mps (untried)")
@@ -823,7 +830,7 @@ def build_parser():
     add("--warmup-steps", type=int, help="of the learning rate; default: 1/20")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--save-every", type=int, help="steps between checkpoints")
-    add("--eval-images", type=int, help="default: up to 256, a tenth of the run's time")
+    add("--eval-images", type=int, help="default: up to 256, fewer after a short run")
     add("--compile", action=switch, help="torch.compile the loss")
     return parser
 
@@ -831,11 +838,11 @@ def parse_args(argv):
     """The configuration: what was typed, over that of a checkpoint (all of it if --evaluate, the
     network and its data if --init or --finetune), over the defaults for the device."""
     parser = build_parser()
-    typed = parser.parse_args(argv)
+    typed = parser.parse_args(argv)                 # what was typed decides on the defaults
     name = {None: typed.task, "scratch": "scratch"}.get(typed.finetune, "finetune")
     parser.set_defaults(out="runs/" + name.replace(",", "-"))
-    parser.set_defaults(**GPU if typed.device.startswith("cuda") else CPU)
-    parser.set_defaults(**FINETUNE if typed.finetune else {})
+    parser.set_defaults(**(GPU if typed.device.startswith("cuda") else CPU))
+    parser.set_defaults(**(FINETUNE if typed.finetune else {}))
     args = parser.parse_args(argv)
     weights = f"{args.out}/checkpoint.pt" if args.evaluate else args.init or args.finetune
     if weights not in (None, "scratch"):
@@ -866,9 +873,9 @@ def check_args(args):
     tasks = [] if args.finetune else args.task.split(",")       # a classifier corrupts nothing
     checks = [(name, value > 0 or value == 0 and name in zero_too, "too small")
               for name, value in vars(args).items() if type(value) in (int, float)]
-    checks += [(name, task not in tasks or 1 < getattr(args, name) and
-                args.image_size % getattr(args, name) == 0, "must divide the image size")
-               for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr"))]
+    for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")):
+        fits = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
+        checks.append((name, task not in tasks or fits, "must be above 1 and divide --image-size"))
     checks += [
         ("task", set(tasks) <= set(TASKS), f"choose from {', '.join(TASKS)}, or all"),
         ("mask_ratio", args.mask_ratio < 1, "must be below 1"),
@@ -893,14 +900,13 @@ def main(argv=None):
         device = join_processes(args.device)
         return (finetune if args.finetune else pretrain)(args, device)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit("interrupted; pretraining goes on if the same command is given again")
+    except UserError as error:
+        message = str(error).splitlines()[-1]       # a decoder's comes behind its traceback
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory; a smaller --batch-size, --image-size or --model would fit"
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"--compile fails ({type(error).__name__}); --no-compile does without"
-    except UserError as error:
-        message = str(error).splitlines()[-1]       # a decoder's comes behind its traceback
     print("energy_pretrain.py: error:", message, file=sys.stderr, flush=True)
     sys.exit(2)
 
