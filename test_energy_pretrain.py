@@ -364,6 +364,7 @@ def test_a_generator_follows_from_its_key(key):
                            for k in (key, key, [*key, 1]))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert ep.seed_from("crop", 0, 17) == 2794066429       # in every version of Python
+    assert (ep.RANK, ep.LOCAL_RANK, ep.WORLD_SIZE) == (0, 0, 1)    # without torchrun
 
 def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch):
     shared, stores = torch.distributed.HashStore(), []
@@ -385,6 +386,15 @@ def test_landscapes_are_images_and_follow_from_the_seed(seed, batch, size):
     assert x.shape == (batch, 3, size, size) and kind.shape == (batch,) and torch.equal(x, again)
     assert x.min() >= -1 and x.max() <= 1 and x.flatten(1).std(1).min() > 0.1
     assert 0 <= kind.min() and kind.max() < 4
+
+def test_landscapes_are_those_that_the_readmes_figures_were_measured_on():
+    x, kind = ep.draw_landscapes(64, 24, ep.make_generator("cpu", 0))
+    right, down = torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 24).view(-1, 1)
+    torch.testing.assert_close(torch.stack([*x.mean((0, 2, 3)), x.std(), (x * right).mean(),
+                                            (x * down).mean()]), torch.tensor(
+        [-0.103097, -0.111182, -0.196050, 0.400237, -0.004598, -0.086577]),
+                               rtol=0, atol=2e-5)
+    assert torch.bincount(kind).tolist() == [20, 16, 13, 15]
 
 def test_every_use_step_and_process_has_its_own_landscapes():
     args, device = ep.parse_args(TINY), torch.device("cpu")
@@ -510,20 +520,22 @@ def test_named_data_have_their_own_held_out_part(monkeypatch):
 
 # ==== 6. Optimisers and schedule =============================================
 
-@pytest.mark.parametrize("name", ["nano", "vit_b_16", "swin_v2_t", "convnext_tiny"])
-def test_muon_moves_inner_matrices_and_only_weights_decay(name):
-    pretrainer = ep.Pretrainer(ep.build_model(name, 32))
+@pytest.mark.parametrize("model", ["nano", "vit_b_16", "swin_v2_t", "convnext_tiny"])
+def test_muon_moves_inner_matrices_and_only_weights_decay(model):
+    pretrainer = ep.Pretrainer(ep.build_model(model, 32))
     adamw, muon = ep.build_optimizers(pretrainer, 0.1)
+    assert adamw.defaults["betas"] == (0.9, 0.95) and muon.defaults["momentum"] == 0.9
+    assert muon.defaults["adjust_lr_fn"] == "match_rms_adamw"       # one rate serves both
     place = {id(p): (type(optimizer).__name__, group["weight_decay"])
              for optimizer in (adamw, muon)
              for group in optimizer.param_groups for p in group["params"]}
     for name, p in pretrainer.named_parameters():
         decays = p.ndim > 1 and not any(
             word in name for word in ("pos_", "_token", "_table", "_scale"))
-        inner = decays and p.ndim == 2 and name != "model.head.weight"
+        inner = decays and p.ndim == 2 and any(word in name for word in ("attn", "attention", "mlp"))
         expected = ("Muon" if inner else "AdamW", 0.1 if decays else 0.0)
         assert place.pop(id(p)) == expected, name
-    assert not place
+    assert not place and bool(muon.param_groups[0]["params"]) == (model != "convnext_tiny")
 
 @given(st.integers(0, 20), st.integers(1, 200))
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest):
@@ -754,6 +766,13 @@ def test_a_run_leaves_its_weights_log_metrics_and_picture_and_evaluate_repeats_i
              str(out), "--workers", "0"])
     assert "evaluating on 1 images" in capsys.readouterr().out
 
+def test_compile_compiles_the_whole_loss(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ep.Pretrainer, "compile", lambda self, **options: calls.append(options))
+    for flag in ("--compile", "--no-compile"):
+        ep.main([*TINY, "--task", "sr", "--max-steps", "1", flag, "--out", str(tmp_path / flag)])
+    assert calls == [{"fullgraph": True}]
+
 def test_init_begins_with_the_weights_and_the_network_of_a_run(tmp_path):
     ep.main([*TINY, "--task", "sr", "--patch-size", "8", "--out", str(tmp_path / "one")])
     path = str(tmp_path / "one" / "checkpoint.pt")
@@ -883,6 +902,12 @@ def test_defaults_follow_the_device_the_network_the_data_and_the_image_size(tmp_
     assert (cpu.model, cpu.max_steps, cpu.epochs, cpu.out) == ("nano", 1500, None, "runs/all")
     assert (gpu.model, gpu.max_steps, gpu.epochs, gpu.compile) == ("small", 2000, None, True)
     assert cpu.task == "mim,sort,sr,denoise,color"
+    expected = {"restore_steps": 1, "alpha": 256, "order_weight": 0.007, "partial_share": 0.1,
+                "mask_ratio": 0.5, "sr_factor": 4, "noise_std": 0.5, "weight_decay": 0.05, "seed": 0,
+                "batch_size": 32, "lr": 8.5e-3, "save_every": 100, "augment": True}
+    assert vars(cpu).items() >= expected.items()
+    assert {name: ep.VIT_SIZES[name] for name in ("tiny", "small", "base", "large")} == {
+        "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
     folder = ep.parse_args(["--device", "cuda", "--data", str(tmp_path)])
     assert folder.epochs == 100
     typed = ep.parse_args(["--device", "cuda", "--data", str(tmp_path), "--max-steps", "7"])
