@@ -507,7 +507,8 @@ def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_siz
 def build_optimizers(module, weight_decay):
     """[AdamW, Muon]. Muon (Jordan et al., 2024), for the matrices of attention and MLPs, turns
     momentum into roughly the nearest orthogonal matrix, so that all directions move equally far;
-    under AdamW alone a ViT learns much more slowly. Biases, norms, scales, positions and tokens do not decay."""
+    under AdamW alone a ViT learns much more slowly. Biases, norms, scales, positions and tokens
+    do not decay."""
     inner, decaying, exempt = [], [], []        # convolutional networks have no inner ones
     for name, p in module.named_parameters():
         if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale")):
