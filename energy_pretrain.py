@@ -802,9 +802,10 @@ def build_parser():
     one("--finetune", metavar="FILE", help="train a classifier: a checkpoint.pt, or scratch")
     add("--freeze", action="store_true", help="with --finetune: only a linear probe")
     add("--out", help="folder; default: runs/TASK, runs/finetune or runs/scratch")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="or mps (untried)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:N, or mps, which is untried")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=real, default="procedural", help="folder, image file, cifar10, cifar100")
+    add("--data", type=real, default="procedural", help="folder, image file, cifar10 or cifar100")
     add("--labels", type=int, help="train on so many images only")
     add("--image-size", type=int, help="side in pixels")
     add("--augment", action=switch, default=True, help="random crops and flips")
@@ -812,10 +813,10 @@ def build_parser():
     add = parser.add_argument_group("energy and loss").add_argument
     add("--model", help=f"{', '.join(VIT_SIZES)}, or torchvision's, as resnet18")
     add("--patch-size", type=int, help="of a ViT; default: 4 below 128 pixels, else 16")
-    add("--restore-steps", type=int, default=1, help="K")
+    add("--restore-steps", type=int, default=1, help="K, steps down the energy")
     add("--alpha", type=float, default=256.0, help="restoration's step size")
     add("--order-weight", type=float, default=0.007, help="w in Eq. (4)")
-    add("--partial-share", type=float, default=0.1, help="corrupted only in part; 0: no Eq. (4)")
+    add("--partial-share", type=float, default=0.1, help="of images corrupted in part; 0: no (4)")
     add = parser.add_argument_group("corruptions").add_argument
     add("--mask-ratio", type=float, default=0.5, help="mim: share of hidden blocks")
     add("--mask-grid", type=int, help="mim: blocks per side; default: up to 8, of whole patches")
