@@ -845,6 +845,7 @@ def parse_args(argv):
     parser.set_defaults(out="runs/" + name.replace(",", "-"))
     parser.set_defaults(**(GPU if typed.device.startswith("cuda") else CPU))
     parser.set_defaults(**(FINETUNE if typed.finetune else {}))
+    parser.set_defaults(**({"lr": 3.5e-2} if typed.freeze else {}))     # for the probe alone
     args = parser.parse_args(argv)
     weights = f"{args.out}/checkpoint.pt" if args.evaluate else args.init or args.finetune
     if weights not in (None, "scratch"):

@@ -919,6 +919,7 @@ def test_defaults_follow_the_device_the_network_the_data_and_the_image_size(tmp_
         assert (args.patch_size, args.mask_grid, args.sort_grid) == (patch, mask, sort)
     fine = ep.parse_args(["--finetune", "scratch", "--device", "cpu"])
     assert (fine.out, fine.max_steps, fine.lr) == ("runs/scratch", 600, 2e-3)
+    assert ep.parse_args(["--finetune", "scratch", "--freeze", "--device", "cpu"]).lr == 3.5e-2
     spelled = ep.parse_args(["--data", str(tmp_path) + "/../" + tmp_path.name])
     assert spelled.data == os.path.realpath(tmp_path)
 
