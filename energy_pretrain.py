@@ -2,33 +2,31 @@
 
 One vision network is an energy: its forward pass gives one number per image, low for data.
 Its backward pass restores: a corrupted image steps down the energy and comes back clean.
-Training asks every step to end at the original. No decoder, no teacher, no heavy augmentation.
 
     E(x)                               one number per image: the forward pass            (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)   the backward pass restores, K steps from x_tilde  (2)
     loss = mean_k d(x_k, x)            every step should end at the clean image x        (3)
-         + w relu(1/4 - r)             what is corrupted should lie higher than x        (4)
-                                       (r: the rise of E as a share of an ideal one)
+         + w relu(1/4 - r)             r: how much higher the corrupted lies than x      (4)
 
 (1) to (3) are the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining
-for Vision Models, ICLR 2023). (4) is ours: a network that learns only to restore is never asked
-about images that are nearly clean, and may rank them below the clean ones. So are all numbers
-and all that the paper's abstract and introduction leave open; we had no more of it.
+for Vision Models, ICLR 2023). Ours are (4), since a network that learns only to restore may
+rank nearly clean images below clean ones, and all that the paper's abstract and introduction
+leave open, as every number: we had no more of it.
 
-Why does an energy appear when one learns to restore? Corrupt x with Gaussian noise of standard
-deviation sigma. By squared error the best restoration is, by Tweedie's formula, x_tilde +
-sigma^2 grad log p_sigma(x_tilde). Compare with (2): alpha E is now -sigma^2 log p_sigma up to a
-constant (Vincent 2011).
+Why does an energy appear? By squared error the best restoration of x plus Gaussian noise of
+standard deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie's formula).
+Compare with (2): alpha E is -sigma^2 log p_sigma, up to a constant (Vincent 2011).
 
     python energy_pretrain.py                                  # all tasks, built-in images
     python energy_pretrain.py --task color --data ~/Pictures   # any folder of images
-    torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs, or CPU processes
+    torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs or CPU processes
 
-Sections 1 to 3 are the method. Letters: B images, C channels, H W pixels (S by S if square), P
-patch side, N patches, D width, h heads, K restoration steps, M of whatever the line says. x is
-clean, x_tilde corrupted, x_hat restored; pixels lie in [-1, 1]. (`step` counts the optimiser's.)
+Sections 1 to 3 are the method. Letters: B images, C channels, S by S pixels, N patches,
+D width, h heads, K restoration steps, M of what the line says. x is clean, x_tilde corrupted,
+x_hat restored; pixels lie in [-1, 1].
 """
 import argparse
+import glob
 import json
 import math
 import os
@@ -38,84 +36,61 @@ import time
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
-from torch.nn.parallel import DistributedDataParallel
+from torch import distributed as dist, nn
 from torchvision.transforms import v2
 
 class UserError(Exception):
     """What the person at the command line can put right: one line, exit status 2."""
 
-# ==== 1. Corruptions ==========================================================
-# Five verbs, one signature. A sixth task is one more function, a row in CORRUPTIONS below, and in
-# `build_parser` one flag for each of its options.
-def patchify(x, patch):
-    """Cut x (B, C, H, W) into its square patches of side P: (B, N, C*P*P), row by row."""
-    x = F.pixel_unshuffle(x, patch)                    # (B, C*P*P, H/P, W/P)
-    return x.flatten(2).transpose(1, 2).contiguous()   # (B, N, C*P*P)
-
-def unpatchify(patches, patch, height):
-    """Undo `patchify`: (B, N, C*P*P) back into images (B, C, H, W) of this height."""
-    x = patches.transpose(1, 2).unflatten(2, (height // patch, -1))
-    return F.pixel_shuffle(x, patch)                   # (B, C, H, W)
-
-def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8):
-    """Masked image modelling: paint round(mask_ratio * M) of M = mask_grid^2 blocks grey, 0."""
+# ==== 1. Corruptions =================================================
+# Five verbs of one signature. A sixth task is one more, and its name in CORRUPTIONS.
+def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8, **_):
+    """Masked image modelling: paint round(mask_ratio * M) of M = mask_grid^2 blocks grey."""
     B, M, block = len(x), mask_grid**2, x.shape[2] // mask_grid
-    rank = torch.rand(B, M, generator=generator, device=x.device).argsort(1).argsort(1)
-    mask = (rank < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
+    order = torch.rand(B, M, generator=generator, device=x.device).argsort(1)
+    mask = (order < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
     return x.masked_fill(mask.repeat_interleave(block, 2).repeat_interleave(block, 3), 0)
 
-def shuffle_patches(x, generator, sort_grid=4):
-    """Patch sorting: cut images into sort_grid x sort_grid pieces and permute them. Pixels in,
-    pixels out, so sorting is a restoration like the others."""
+def shuffle_patches(x, generator, sort_grid=4, **_):
+    """Patch sorting: permute sort_grid x sort_grid pieces."""
     side = x.shape[2] // sort_grid
-    pieces = patchify(x, side)                         # (B, M, C*side*side)
-    order = torch.rand(pieces.shape[:2], generator=generator, device=x.device).argsort(1)
-    pieces = pieces.gather(1, order.unsqueeze(2).expand_as(pieces))
-    return unpatchify(pieces, side, x.shape[2])
+    pieces = F.pixel_unshuffle(x, side).flatten(2)     # (B, C*side*side, M)
+    order = torch.rand(len(x), sort_grid**2, generator=generator, device=x.device).argsort(1)
+    pieces = pieces.gather(2, order.unsqueeze(1).expand_as(pieces))
+    return F.pixel_shuffle(pieces.unflatten(2, (sort_grid, sort_grid)), side)
 
-def lower_resolution(x, generator, sr_factor=4):
+def lower_resolution(x, generator, sr_factor=4, **_):
     """Super-resolution: average squares of sr_factor pixels, and enlarge again."""
-    small = F.avg_pool2d(x, sr_factor)                 # (B, C, H/factor, W/factor)
+    small = F.avg_pool2d(x, sr_factor)                 # (B, C, S/factor, S/factor)
     return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
 
-def add_noise(x, generator, noise_std=0.5):
-    """Denoising: add Gaussian noise, noise_std in units of x. Clipped it would not be Gaussian."""
+def add_noise(x, generator, noise_std=0.5, **_):
+    """Denoising: add Gaussian noise, not clipped, or it would no longer be Gaussian."""
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return x + noise_std * noise
 
-def remove_color(x, generator):
-    """Colourisation: keep the luma (ITU-R BT.601 weights), repeated in all three channels."""
+def remove_color(x, generator, **_):
+    """Colourisation: keep the luma (ITU-R BT.601), repeated in all three channels."""
     red, green, blue = x.split(1, dim=1)               # (B, 1, H, W)
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
-CORRUPTIONS = {  # task: (its verb, the options that say how hard it is)
-    "mim": (hide_blocks, ["mask_ratio", "mask_grid"]),
-    "sort": (shuffle_patches, ["sort_grid"]),
-    "sr": (lower_resolution, ["sr_factor"]),
-    "denoise": (add_noise, ["noise_std"]),
-    "color": (remove_color, [])}
+CORRUPTIONS = {"mim": hide_blocks, "sort": shuffle_patches, "sr": lower_resolution,
+               "denoise": add_noise, "color": remove_color}
 TASKS = list(CORRUPTIONS)
 
 def corrupt(x, task, generator, options):
-    """Corrupt images x (B, 3, S, S) by the task's verb: new images of the same shape and dtype.
-    options: a dict, from which the verb takes its own."""
-    verb, names = CORRUPTIONS[task]
-    return verb(x, generator, **{name: options[name] for name in names if name in options})
+    """New images like x (B, 3, S, S), by the task's verb, which takes its own of the options."""
+    return CORRUPTIONS[task](x, generator, **options)
 
-# ==== 2. The energy ===========================================================
-# A plain Vision Transformer. Its parameters have timm's names and shapes, so that the weights go
-# wherever a ViT goes (pool the patches); only `head`, the energy read-out, is ours.
+# ==== 2. The energy ==================================================
+# A plain Vision Transformer with timm's parameter names; only `head`, the read-out, is ours.
 class Attention(nn.Module):
-    """Multi-head self-attention. The softmax is written out, as fused kernels (in
-    F.scaled_dot_product_attention) have no second derivative, and training needs one."""
+    """Multi-head self-attention by hand: fused kernels have no second derivative."""
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
@@ -129,7 +104,6 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))            # (B, N+1, D)
 
 class Block(nn.Module):
-    """The tokens exchange what they know, then each computes on its own."""
     def __init__(self, dim, num_heads):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -142,55 +116,33 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """Vision Transformer whose forward pass is the energy, Eq. (1): (B, 3, S, S) -> (B,).
-
-    The read-out is a distance, E(x) = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2: how far each embedded
-    patch, p_n, is from z_n, what the last layer, having seen them all, expects in its place. So
-    dE/dp_n has a direct term, v (p_n - z_n) / N: the last layer says which way patch n should go.
-    Without it the signal has to pass back through all layers. v, at first 0, may have any sign."""
+    The read-out is a distance, E = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2: how far each embedded
+    patch p_n is from z_n, what the last layer, having seen them all, expects in its place. So
+    the last layer says directly which way patch n should go: dE/dp_n = v (p_n - z_n) / N plus
+    what comes back through the layers. v, learned from 0, may have any sign."""
     def __init__(self, image_size=32, patch_size=4, dim=96, depth=2, num_heads=3):
         super().__init__()
-        num_patches = (image_size // patch_size)**2
+        side = image_size // patch_size
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))     # timm's; its output is unused
-        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, dim))
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))     # for timm; not read out
+        self.pos_embed = nn.Parameter(torch.zeros(1, side**2 + 1, dim))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, 1, bias=False)                 # its weight is v
-        for name, p in self.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(p)
-            elif p.ndim > 1 and name.endswith("weight"):
-                nn.init.xavier_uniform_(p.view(len(p), -1))       # a patch is one vector
-        nn.init.zeros_(self.head.weight)
-        self.init_local_attention()
-    @torch.no_grad()
-    def init_local_attention(self, scale=0.6, decay=0.7):
-        """Let patches attend to their neighbours, where most of what is missing can be seen; else
-        a short training is spent on finding them. Positions are random waves, alike at distance d
-        as exp(-(decay d)^2 / 2). As in trained networks (Trockman and Kolter, ICML 2023) keys equal
-        queries, so that like attends to like, and the projection is minus the transposed values."""
-        nn.init.normal_(self.cls_token, std=scale)
-        dim, side = self.pos_embed.shape[2], math.isqrt(self.pos_embed.shape[1] - 1)
-        place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)      # (N, 2)
-        waves = place @ torch.randn(2, dim) * decay + 2 * math.pi * torch.rand(dim)
-        self.pos_embed[0, 1:] = scale * math.sqrt(2) * waves.cos()          # (N, D)
-        for block in self.blocks:
-            query, key, value = block.attn.qkv.weight.chunk(3)    # (D, D) each, not copies
-            key.copy_(query)
-            block.attn.proj.weight.copy_(-value.T)
-    def embed(self, x):
-        """One linear map of each patch, on its own: images (B, 3, S, S) -> (B, N, D)."""
-        proj = self.patch_embed.proj
-        return F.linear(patchify(x, proj.stride[0]), proj.weight.flatten(1), proj.bias)
-    def encode(self, patches):
-        """What the network makes of the patches: (B, N, D) -> (B, N, D)."""
+        nn.init.zeros_(self.head.weight)                          # at first no step moves
+        # random waves as positions: neighbours are alike, and attend to each other at once
+        place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)            # (N, 2)
+        waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
+        self.pos_embed.data[0, 1:] = 0.85 * waves.cos()           # (N, D)
+    def embed(self, x):             # one linear map of each patch: (B, 3, S, S) -> (B, N, D)
+        return self.patch_embed.proj(x).flatten(2).transpose(1, 2)
+    def encode(self, patches):      # what the network makes of them: (B, N, D) -> (B, N, D)
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
         x = x + self.pos_embed                                    # (B, N+1, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 1:]
-    def represent(self, x):
-        """One vector for each image, for a classifier: (B, 3, S, S) -> (B, D)."""
+    def represent(self, x):         # for a classifier: (B, 3, S, S) -> (B, D)
         return self.encode(self.embed(x)).mean(1)
     def forward(self, x):
         p = self.embed(x)                                         # (B, N, D)
@@ -200,8 +152,8 @@ class ViT(nn.Module):
         return distance.sum(2).mean(1) / 2                        # Eq. (1): (B,)
 
 class TorchvisionEnergy(nn.Module):
-    """A torchvision network with the read-out as last layer: (B, 3, S, S) -> (B,). ValueError if
-    its own last layer is not linear."""
+    """A torchvision network with the read-out as last layer: (B, 3, S, S) -> (B,).
+    ValueError if its own last layer is not linear."""
     def __init__(self, name, image_size):
         super().__init__()
         options = {"image_size": image_size} if name.startswith("vit") else {}
@@ -212,10 +164,10 @@ class TorchvisionEnergy(nn.Module):
         self.net.set_submodule(path, nn.Identity())
         self.head = nn.Linear(last.in_features, 1, bias=False)
         nn.init.zeros_(self.head.weight)
-        for module in self.net.modules():       # writing in place would destroy what the
-            if hasattr(module, "inplace"):      # second backward pass still needs
-                module.inplace = False
-    def represent(self, x):                     # as in ViT: (B, 3, S, S) -> (B, D)
+        for module in self.net.modules():
+            if hasattr(module, "inplace"):      # would overwrite what the second backward
+                module.inplace = False          # pass still needs
+    def represent(self, x):                     # (B, 3, S, S) -> (B, D)
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):    # twice differentiable
             return self.net(x)
     def forward(self, x):
@@ -226,23 +178,21 @@ VIT_SIZES = {  # name: (width D, depth, heads h)
     "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def build_model(name, image_size=32, patch_size=4):
-    """An energy, (B, 3, S, S) -> (B,). In evaluation mode also while it trains: neither dropout nor
+    """An energy, (B, 3, S, S) -> (B,). It trains in evaluation mode, too: neither dropout nor
     the other images of a batch may change an image's energy."""
-    if name in VIT_SIZES:
-        return ViT(image_size, patch_size, *VIT_SIZES[name]).eval()
-    return TorchvisionEnergy(name, image_size).eval()
+    model = (ViT(image_size, patch_size, *VIT_SIZES[name]) if name in VIT_SIZES else
+             TorchvisionEnergy(name, image_size))
+    return model.eval()
 
-# ==== 3. Restoration and loss =================================================
-# There are two backward passes. The first differentiates the energy with respect to the image:
-# dE/dx is the restoring step, so this pass is the decoder. The second differentiates the loss with
-# respect to the parameters. As the step is itself a derivative, it goes back through the first
-# pass (d/dtheta of dE/dx) and so trains the decoder, whose weights are the encoder's own.
+# ==== 3. Restoration and loss ========================================
+# There are two backward passes. The first differentiates the energy by the image: dE/dx is
+# the restoring step, so this pass is the decoder. The second differentiates the loss by the
+# parameters, back through the first (d/dtheta of dE/dx), and trains the decoder.
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     """K = num_steps steps down the energy: x_1 ... x_K, (K, B, 3, S, S).
-
-    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError, that mixes no images. A
-    network of yours must be in evaluation mode, fused attention under torch.nn.attention's
-    sdpa_kernel(SDPBackend.MATH). create_graph: so that the result can be differentiated."""
+    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError, that mixes no images.
+    A network of yours must be in evaluation mode, fused attention under torch.nn.attention's
+    sdpa_kernel(SDPBackend.MATH). create_graph: for training."""
     def total_energy(x):
         energy = energy_fn(x)
         if energy.shape != x.shape[:1]:
@@ -252,32 +202,30 @@ def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     gradient, iterates = torch.func.grad(total_energy), [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = iterates[-1].detach()   # so steps learn one by one; if K = 1, nothing is cut
+            x = iterates[-1].detach()   # each step learns on its own; if K = 1, nothing is cut
             iterates.append(x - alpha * gradient(x))              # Eq. (2)
     return torch.stack(iterates[1:])
 
 def restoration_loss(x_hat, x, x_tilde):
-    """Eq. (3): the mean over images and steps of smooth_l1(x_k, x) / rms(x_tilde - x), a scalar.
-    The error is divided by how far the image was moved, at least 0.05 (ours); else the tasks that
+    """Eq. (3): the mean over images and steps of smooth_l1(x_k, x) / rms(x_tilde - x).
+    The error is divided by how far the image was moved, at least 0.05 (ours); else tasks that
     move images far drown the others, and full corruptions the partial ones."""
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
     moved = (x_tilde - x).square().flatten(1).mean(1).sqrt()      # (B,)
     return (error.flatten(2).mean(2) / moved.clamp(min=0.05)).mean()    # Eq. (3)
 
 def order_loss(energy_fn, x, x_s, alpha):
-    """Eq. (4), a scalar, for images x_s between x and x_tilde. If all steps from there ended at x,
-    dE/dx would be (x_s - x) / alpha, and E(x_s) - E(x) = |x_s - x|^2 / (2 alpha). r is the rise as
-    a share of this ideal; real steps fall short, so a quarter is asked for. Where the ideal is next
-    to nothing, below 0.5, an image counts less, lest one divide by zero."""
-    ideal = (x_s - x).square().flatten(1).sum(1) / 2              # alpha times as large, (B,)
+    """Eq. (4) for images x_s between x and x_tilde. If all steps from there ended at x, dE/dx
+    would be (x_s - x) / alpha, and E(x_s) - E(x) = |x_s - x|^2 / (2 alpha). r is the rise as
+    a share of this ideal; real steps fall short, so a quarter is asked for."""
+    ideal = (x_s - x).square().flatten(1).sum(1) / 2              # times alpha, (B,)
     above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
     missing = F.relu(ideal / 4 - alpha * (above - below))
-    return (missing / ideal.clamp(min=0.5)).mean()                # Eq. (4)
+    return (missing / ideal.clamp(min=0.5)).mean()                # Eq. (4), not over zero
 
 class Pretrainer(nn.Module):
-    """Energy and loss in one module: DistributedDataParallel averages the gradients of one forward
-    call. alpha need not be learned, since the read-out's scale is; it is large because a ViT's E is
-    a mean over patches, and so dE/dx small."""
+    """Energy and loss in one module, as DistributedDataParallel needs. alpha is large because
+    a ViT's E is a mean over patches; it is not learned, since the read-out's scale is."""
     def __init__(self, model, alpha=256.0, num_steps=1, order_weight=0.007):
         super().__init__()
         self.model, self.alpha = model, alpha
@@ -292,9 +240,9 @@ class Pretrainer(nn.Module):
         return loss
 
 def corrupt_batch(x, tasks, generator, options, turn=0, partial_share=0.1):
-    """What a step trains on: (x_tilde, num_partial) for images x (B, 3, S, S). Image i gets task
-    turn + i, round and round. The first num_partial are corrupted only in part, mostly a little,
-    else restoration would not learn to leave alone what is nearly clean."""
+    """(x_tilde, num_partial) for images x (B, 3, S, S). Image i gets task turn + i, round and
+    round. The first num_partial are corrupted only in part, mostly a little; else restoration
+    would not learn to leave alone what is nearly clean."""
     x_tilde, count = torch.empty_like(x), len(tasks)
     for i in range(min(count, len(x))):
         task = tasks[(turn + i) % count]
@@ -305,15 +253,14 @@ def corrupt_batch(x, tasks, generator, options, turn=0, partial_share=0.1):
     return x_tilde, num_partial
 
 def freeze_unused(pretrainer, x):
-    """Freeze parameters that have no part in dE/dx, found by a dry run with images x. They get no
-    gradient, for which DistributedDataParallel would wait in vain."""
-    pretrainer(x, x / 2).backward()     # behind a zero read-out most gradients are 0, not None
+    """Freeze parameters that have no part in dE/dx, found by a dry run with images x. They
+    get no gradient, for which DistributedDataParallel would wait in vain."""
+    pretrainer(x, x / 2).backward()  # behind a zero read-out most gradients are 0, not None
     for p in pretrainer.parameters():
         p.requires_grad_(p.grad is not None)
     pretrainer.zero_grad()
 
-# ==== 4. Processes and randomness =============================================
-# torchrun tells each process its place in the environment; alone, it is a world of one.
+# ==== 4. Processes and randomness ====================================
 RANK, LOCAL_RANK = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
@@ -322,8 +269,7 @@ def print0(*values):
         print(*values, flush=True)
 
 def seed_from(*key):
-    """A seed from its use, as ("corrupt", 0, 17), so that a run that goes on draws what it would
-    have drawn. It has 32 bits, all that CPU generators take."""
+    """A seed from its use, as ("corrupt", 0, 17): a run that goes on draws what it would."""
     return zlib.crc32(repr(key).encode())
 
 def make_generator(device, *key):
@@ -332,34 +278,34 @@ def make_generator(device, *key):
 def join_processes(name):
     """Join the other processes, if any, and return this one's device."""
     device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
-    if device.type == "cuda":
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: {torch.cuda.device_count()} CUDA devices here")
+    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    if LOCAL_RANK >= here.get(name, WORLD_SIZE):
+        raise UserError(f"--device {device}: not on this machine")
+    if name == "cuda":
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")      # TF32 for what stays in float32
-    if WORLD_SIZE > 1:      # a restarted worker must not read what its predecessor left in the
-        store, _, _ = next(dist.rendezvous("env://"))   # store (pytorch/pytorch#135712)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if WORLD_SIZE > 1:  # a restarted worker must not read its predecessor's entries
+        store, _, _ = next(dist.rendezvous("env://"))  # pytorch/pytorch#135712
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(store=store, rank=RANK, world_size=WORLD_SIZE,
-                                backend="nccl" if device.type == "cuda" else "gloo")
+                                backend="nccl" if name == "cuda" else "gloo")
     return device
 
 def autocast(device):
-    """bfloat16 on GPUs that compute in it; float16 would need a scaler for the inner gradient."""
+    """bfloat16 on GPUs that compute in it; float16 would need a scaler for both passes."""
     on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
-# ==== 5. Data =================================================================
-# Landscapes drawn on the spot, or image files.
+# ==== 5. Data ========================================================
 def draw_landscapes(batch_size, size, generator):
-    """Draw images (B, 3, S, S) and the kind of their objects (B,), 0 ... 3: sky at some time of
+    """Images (B, 3, S, S) and the kind of their objects (B,), 0 ... 3: sky at some time of
     day, furrowed ground, three objects whose colour follows from their shape."""
     B, device = batch_size, generator.device
     def uniform(low, high):
         return low + (high - low) * torch.rand(B, 1, 1, 1, generator=generator, device=device)
     def rgb(*values):
         return torch.tensor(values, device=device).view(-1, 3, 1, 1)
-    u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)   # to the right
+    u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)  # to the right
     v = u.transpose(2, 3)  # downwards
     wave = torch.sin(2 * math.pi * (uniform(0.5, 1.5) * u + uniform(0, 1)))
     horizon = uniform(0.3, 0.6) + uniform(0.02, 0.08) * wave  # (B, 1, 1, S)
@@ -390,63 +336,56 @@ def draw_landscapes(batch_size, size, generator):
         x = torch.lerp(x, paint * shade, (inside * radius * size + 0.5).clamp(0, 1))
     return x.clamp(0, 1) * 2 - 1, kind
 
+def is_image(path):
+    try:
+        Image.open(path).close()
+        return True
+    except Exception:  # Pillow raises anything
+        return False
+
 def find_images(root):
-    """All images at or below root, (file, class) pairs; each folder right below it is a class. Left
-    out is what is hidden (. or @ first), and a run's own picture."""
-    def mode(path):         # the pixel format, in Pillow's words; "" if this is no image
-        try:
-            with Image.open(path) as image:
-                return image.mode
-        except Exception:   # on what is no image Pillow raises anything
-            return ""
-    files, seen = [root] if os.path.isfile(root) else [], set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:        # links may go in circles
-            folders[:] = names[:] = []
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if name[0] not in ".@")
-        files += [os.path.join(folder, name) for name in sorted(names)
-                  if name[0] != "." and name != "restorations.png"]
-    files = list(filter(os.path.isfile, files))     # not pipes, which would be waited for
-    with ThreadPoolExecutor() as pool:
-        modes = list(pool.map(mode, files))
-    deep = [f for f, m in zip(files, modes) if m[:1] in ("I", "F")]
-    files = [f for f, m in zip(files, modes) if m[:1] not in ("I", "F", "")]
-    print0(f"{root}: {len(files)} images; left out: {modes.count('')} other files and {len(deep)} "
-           "images of more than 8 bits, whose range is unknown", *deep[:5])
-    if not files:
-        raise UserError(f"--data {root}: no image there; give a folder, a file, or cifar10")
-    folders = [os.path.relpath(os.path.dirname(f), root).split(os.sep)[0] for f in files]
+    """All images at or below root, (file, class) pairs; each folder right below it is a class.
+    Left out is what is hidden (. or @ first), and a run's own picture."""
+    files = [root, *sorted(glob.glob(f"{glob.escape(root)}/**", recursive=True))]
+    files = [file for file in files if os.path.isfile(file)
+             and not re.search("/@|/restorations.png$", file[len(root):])]
+    with ThreadPoolExecutor() as pool:  # for network disks
+        images = [file for file, good in zip(files, pool.map(is_image, files)) if good]
+    print0(f"{root}: {len(images)} images, {len(files) - len(images)} other files")
+    if not images:
+        raise UserError(f"--data {root}: no image there")
+    folders = [os.path.relpath(os.path.dirname(file), root).split(os.sep)[0] for file in images]
     classes = sorted(set(folders))
-    return [(f, classes.index(folder)) for f, folder in zip(files, folders)]
+    return [(file, classes.index(folder)) for file, folder in zip(images, folders)]
 
 class Crops(torch.utils.data.Dataset):
-    """Square crops of (file or PIL image, label) pairs: item (index, seed) -> pixels, uint8
-    (3, S, S), and label. augment: crop and flip as the seed says; else take the middle. A file
-    that cannot be decoded gives its place to another, drawn at random."""
+    """Crops of (file or PIL image, label) pairs: item (index, seed) -> uint8 (3, S, S), label.
+    augment: crop and flip as the seed says, else take the middle. What cannot be used is
+    named, and another drawn at random in its place."""
     def __init__(self, pairs, size, augment):
         self.pairs, self.size = pairs, size
-        random = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        middle = [v2.Resize(size), v2.CenterCrop(size)]
-        self.crop = v2.Compose([*(random if augment else middle), v2.PILToTensor()])
+        crop = ([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()] if augment else
+                [v2.Resize(size), v2.CenterCrop(size)])
+        self.crop = v2.Compose([*crop, v2.PILToTensor()])
     def __getitem__(self, key):
         index, seed = key
-        with torch.random.fork_rng(devices=[]):     # torchvision draws from the global state
-            torch.manual_seed(seed)
-            for _ in range(100):
-                source, label = self.pairs[index]
-                try:
-                    image = Image.open(source) if isinstance(source, str) else source
-                    image.draft("RGB", (3 * self.size,) * 2)    # decodes large JPEGs faster
-                    return self.crop(ImageOps.exif_transpose(image).convert("RGB")), label
-                except Exception as error:          # on damaged files Pillow raises anything
-                    print(f"warning: cannot read {source} ({error})", file=sys.stderr)
-                    index = int(torch.randint(len(self.pairs), ()))
-        raise UserError(f"{source} cannot be read, nor 99 others drawn at random before it")
+        torch.manual_seed(seed)  # torchvision draws from the global state
+        for _ in range(100):
+            source, label = self.pairs[index]
+            try:
+                image = Image.open(source) if isinstance(source, str) else source
+                if image.mode[0] in "IF":  # 16 or 32 bits: white may be any number
+                    raise ValueError("more than 8 bits a channel")
+                image.draft("RGB", (3 * self.size,) * 2)  # decodes large JPEGs faster
+                return self.crop(ImageOps.exif_transpose(image).convert("RGB")), label
+            except Exception as error:  # Pillow raises anything
+                print(f"warning: left out {source} ({error})", file=sys.stderr)
+                index = int(torch.randint(len(self.pairs), ()))
+        raise UserError(f"{source} cannot be used, nor 99 others drawn at random before it")
 
 def open_data(args):
-    """(File or image, label) pairs to train on, held-out pairs (of a folder every tenth image), and
-    the number of classes. No pairs, None, are endless landscapes."""
+    """(File or image, label) pairs to train on, held-out ones (of a folder every tenth), and
+    the number of classes. None instead of pairs: endless landscapes."""
     train, held_out, classes = None, None, 4
     generator = make_generator("cpu", "labels", args.seed)
     if args.data in ("cifar10", "cifar100"):
@@ -457,7 +396,7 @@ def open_data(args):
         except (OSError, RuntimeError) as error:
             raise UserError(f"--data {args.data}: cannot be downloaded to ./data ({error})")
         if WORLD_SIZE > 1:
-            dist.barrier()                          # until the files are there
+            dist.barrier()  # until the files are there
         train, held_out = dataset("data", train=True), dataset("data", train=False)
     elif args.data != "procedural":
         pairs = find_images(args.data)
@@ -475,49 +414,45 @@ def open_data(args):
     return train, held_out, classes
 
 def crop_keys(num_images, batch_size, steps, key, rank, world_size):
-    """For every step this process's keys (index, seed) of Crops. Each epoch is a permutation, the
-    epochs are one endless row, and step n takes the n-th batch of it."""
+    """For every step this process's keys (index, seed) of Crops. Each epoch is a permutation,
+    the epochs are one endless row, and step n takes the n-th batch of it."""
     part, epoch = batch_size // world_size, None
     for step in steps:
         keys, first = [], step * batch_size + rank * part
-        for position in range(first, first + part):
-            if epoch != position // num_images:
-                epoch = position // num_images
+        for i in range(first, first + part):
+            if epoch != i // num_images:
+                epoch = i // num_images
                 generator = make_generator("cpu", *key, "epoch", epoch)
                 order = torch.randperm(num_images, generator=generator).tolist()
-            keys.append((order[position % num_images], seed_from(*key, "crop", position)))
+            keys.append((order[i % num_images], seed_from(*key, "crop", i)))
         yield keys
 
 def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_size=1):
-    """Yield for each step this process's images (B, 3, S, S) and labels (B,). use: a word that goes
-    into the seed. Held-out images are cropped as those trained on, but for a classifier."""
+    """Yield this process's images (B, 3, S, S) and labels (B,) for each step. use goes into
+    the seed. Held-out images are cropped as those trained on, but for a classifier."""
     if pairs is None:
         for step in steps:
             generator = make_generator(device, use, args.seed, step, rank)
             yield draw_landscapes(batch_size // world_size, args.image_size, generator)
         return
-    middle = use == "held out" and (args.finetune or len(pairs) == 1)   # one's own picture, too
+    middle = use == "held out" and (args.finetune or len(pairs) == 1)  # one's own picture, too
     crops = Crops(pairs, args.image_size, args.augment and not middle)
     keys = crop_keys(len(pairs), batch_size, steps, (use, args.seed), rank, world_size)
     for x, labels in torch.utils.data.DataLoader(
             crops, batch_sampler=keys, num_workers=args.workers, pin_memory=device.type == "cuda"):
         yield x.to(device, non_blocking=True) / 127.5 - 1, labels.to(device, non_blocking=True)
 
-# ==== 6. Optimisers and schedule ==============================================
+# ==== 6. Optimisers and schedule =====================================
 def build_optimizers(module, weight_decay):
     """[AdamW, Muon]. Muon (Jordan et al., 2024), for the matrices of attention and MLPs, turns
-    momentum into roughly the nearest orthogonal matrix, so that all directions move equally far;
-    under AdamW alone a ViT learns much more slowly. Biases, norms, scales, positions and tokens
-    do not decay."""
-    inner, decaying, exempt = [], [], []        # convolutional networks have no inner ones
+    momentum into roughly the nearest orthogonal matrix: all directions move equally far.
+    AdamW alone needs several times the steps. Biases and norms do not decay."""
+    inner, others = [], []  # a convolutional network has no inner ones
     for name, p in module.named_parameters():
-        if p.ndim < 2 or name.endswith(("_embed", "_embedding", "_token", "_table", "_scale")):
-            exempt.append(p)
-        elif p.ndim == 2 and re.search("attn|attention|mlp", name):
-            inner.append(p)
-        else:
-            decaying.append(p)
-    groups = [{"params": decaying}, {"params": exempt, "weight_decay": 0.0}]
+        is_inner = p.ndim == 2 and re.search("(attn|attention|mlp).*weight", name)
+        (inner if is_inner else others).append(p)
+    groups = [{"params": [p for p in others if p.ndim > 1]},
+              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
     common = {"lr": 0.0, "weight_decay": weight_decay}
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common), torch.optim.Muon(
         [{"params": inner}], momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
@@ -532,141 +467,50 @@ def set_learning_rate(args, optimizers, step):
             group["lr"] = rate
     return rate
 
-# ==== 7. Checkpoints ==========================================================
-# Plain dicts of tensors, numbers and strings, so that loading one can run no code. An interrupted
-# or killed run goes on from its last one when the same command is given again. Only these flags
-# may differ then, and --evaluate does not read them from the checkpoint.
+# ==== 7. Checkpoints =================================================
+# Plain dicts of tensors, numbers and strings: loading one can run no code. An interrupted run
+# goes on from its last one if the same command is given again; only these flags may differ.
 FREE = ("out", "evaluate", "compile", "workers", "device", "save_every", "lr", "weights")
 
 def write_file(args, name, write):
-    """Let write(file) fill OUT/name, under another name first, lest half a file ever be there."""
-    path, unfinished = Path(args.out, name), Path(args.out, f".unfinished-{name}")
+    """Let write(file) fill OUT/name, whole or not at all."""
+    path = os.path.join(args.out, name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        os.makedirs(args.out, exist_ok=True)
+        with open(path + ".unfinished", "wb") as file:
             write(file)
-        os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:    # the latter by torch.save
+        os.replace(path + ".unfinished", path)
+    except (OSError, RuntimeError) as error:  # the latter by torch.save
         raise UserError(f"{path}: cannot be written ({error.__context__ or error})")
 
 def load_checkpoint(path):
     """Read a checkpoint.pt. UserError if there is none, or it is damaged."""
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no checkpoint there; train first, or name that of a run")
     try:
-        if zipfile.ZipFile(path).testzip():     # torch.load does not check the checksums
+        if zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
             raise ValueError("checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         return {key: checkpoint[key] for key in ("pretrainer", "optimizers", "config", "log")}
-    except Exception as error:      # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path}: damaged, or no checkpoint.pt of this script ({error!r:.60})")
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise UserError(f"{path}: missing, damaged, or no checkpoint of ours ({error!r:.60})")
 
 def resume(args, pretrainer, optimizers):
     """Go on from OUT's checkpoint if there is one, and return its log."""
-    path = Path(args.out, "checkpoint.pt")
+    path = f"{args.out}/checkpoint.pt"
     if not os.path.exists(path):
         return []
     saved = load_checkpoint(path)
     for name, value in vars(args).items():
-        if name not in FREE and value != saved["config"].get(name):
-            raise UserError(f"{path} has {name} {saved['config'].get(name)}, not {value}: give "
-                            "another --out, or delete it")
+        old = saved["config"].get(name)
+        if name not in FREE and value != old:
+            raise UserError(f"{path} has {name} {old}, not {value}: give another --out")
     pretrainer.load_state_dict(saved["pretrainer"])
     for optimizer, state in zip(optimizers, saved["optimizers"]):
         optimizer.load_state_dict(state)
     print0(f"going on after step {saved['log'][-1]['step']}")
     return saved["log"]
 
-# ==== 8. Evaluation ===========================================================
-def psnr(y, x):
-    """Peak signal-to-noise ratio in dB of y against x, in [-1, 1], whose peak-to-peak is 2."""
-    return 10 * math.log10(4 / max((y - x).square().mean().item(), 1e-12))
-
-def share(truths):
-    return truths.float().mean().item()
-
-@torch.no_grad()
-def evaluate(pretrainer, x, tasks, options, chunk=32):
-    """Corrupt and restore images x (M, 3, S, S): {task: {metric: value}}, {task: iterates}.
-
-    psnr_corrupted, psnr_restored (of each restoration step): of all images' error; *_hidden: of
-    hidden pixels. psnr_clean: of a clean image after a step. psnr_quarter: of one corrupted by a
-    quarter, before and after. order, order_quarter: share of images lower clean than corrupted,
-    in full and by a quarter. auroc: the same of any clean and any corrupted one. Ties fail."""
-    model, metrics, iterates = pretrainer.model, {}, {}
-    def energy(y):                              # (M,)
-        return torch.cat([model(part) for part in y.split(chunk)])
-    def steps(y, num_steps=1):                  # (K, M, 3, S, S)
-        return torch.cat([restore(model, part, pretrainer.alpha, num_steps)
-                          for part in y.split(chunk)], 1)
-    clean, psnr_clean = energy(x), psnr(steps(x)[0], x)
-    for task in tasks:
-        x_tilde = corrupt(x, task, make_generator(x.device, "evaluate", task), options)
-        x_hat, quarter = steps(x_tilde, pretrainer.num_steps), x.lerp(x_tilde, 0.25)
-        corrupted, iterates[task] = energy(x_tilde), [x_tilde, *x_hat]
-        row = metrics[task] = {"psnr_corrupted": psnr(x_tilde, x),
-                               "psnr_restored": [psnr(x_k, x) for x_k in x_hat]}
-        if task == "mim":
-            hidden = x_tilde != x
-            row["psnr_corrupted_hidden"] = psnr(x_tilde[hidden], x[hidden])
-            row["psnr_restored_hidden"] = [psnr(x_k[hidden], x[hidden]) for x_k in x_hat]
-        row |= {"psnr_clean": psnr_clean, "energy_clean": clean.mean().item(),
-                "psnr_quarter": [psnr(quarter, x), psnr(steps(quarter)[0], x)],
-                "energy_corrupted": corrupted.mean().item(),
-                "order": share(clean < corrupted), "order_quarter": share(clean < energy(quarter)),
-                "auroc": share(clean[:, None] < corrupted)}
-    return metrics, iterates
-
-def print_table(metrics):
-    """A row for each metric of `evaluate`, a column for each task."""
-    print(f"\n{'':<24}" + "".join(f"{task:<16}" for task in metrics))
-    for name in max(metrics.values(), key=len):     # *_hidden is there for one task only
-        cells = (torch.tensor(row.get(name, [])).view(-1).tolist() for row in metrics.values())
-        texts = (" ".join(f"{value:.2f}" for value in cell) for cell in cells)
-        print(f"{name:<24}" + "".join(f"{text:<16}" for text in texts))
-
-def draw_picture(x, iterates):
-    """A row of clean images x (M, 3, S, S), and of each of a task's iterates, with their names."""
-    rows = []
-    for task, (x_tilde, *x_hat) in iterates.items():
-        rows += [(f"{task}: clean", x), ("corrupted", x_tilde)]
-        rows += [(f"restored, step {k}", x_k) for k, x_k in enumerate(x_hat, 1)]
-    tiles = torch.cat([row[:len(x)] for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
-    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))
-    grid = torchvision.utils.make_grid(tiles, nrow=len(x), padding=4, pad_value=1.0)
-    picture = ImageOps.expand(v2.functional.to_pil_image(grid), (120, 0, 0, 0), "white")
-    for i, (name, _) in enumerate(rows):
-        middle = (i + 0.5) * (tiles.shape[2] + 4) - 4
-        ImageDraw.Draw(picture).text((8, middle), name, fill="black")
-    return picture
-
-# ==== 9. Pretraining ==========================================================
-LOG_EVERY = 50          # steps
-
-def build_pretrainer(args, pairs, device):
-    """The energy in its Pretrainer, its weights drawn from the seed or read from args.weights."""
-    x, _ = next(image_batches(args, pairs, device, 32, [0], "statistics"))
-    torch.manual_seed(args.seed)
-    try:
-        model = build_model(args.model, args.image_size, args.patch_size).to(device)
-        # batch norm becomes a fixed map of each image: the statistics of one batch, for good
-        torch.optim.swa_utils.update_bn([x], model)
-        pretrainer = Pretrainer(model, args.alpha, args.restore_steps, args.order_weight)
-        freeze_unused(pretrainer.to(device), x[:2])
-        if args.weights:
-            pretrainer.load_state_dict(load_checkpoint(args.weights)["pretrainer"])
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # torchvision's, too
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--model {args.model} at {args.image_size} pixels: {reason}")
-    count = sum(p.numel() for p in model.parameters())
-    print0(f"{args.model} of {count:,} parameters, {WORLD_SIZE} processes on {device}; {args.data}"
-           f", {args.num_images or 'endless'} images; {args.max_steps} steps of {args.batch_size}")
-    return pretrainer
-
 def save_checkpoint(args, pretrainer, optimizers, log):
-    """Write checkpoint.pt, for going on, and backbone.pt, all but the read-out, for elsewhere."""
+    """Write log.jsonl, checkpoint.pt and backbone.pt, the network without its read-out."""
     backbone = getattr(pretrainer.model, "net", pretrainer.model).state_dict()
     backbone.pop("head.weight", None)
     checkpoint = {"pretrainer": pretrainer.state_dict(), "config": vars(args), "log": log,
@@ -676,13 +520,88 @@ def save_checkpoint(args, pretrainer, optimizers, log):
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
+# ==== 8. Evaluation ==================================================
+def psnr(y, x):
+    """Peak signal-to-noise ratio in dB of y against x, in [-1, 1], whose peak-to-peak is 2."""
+    return 10 * math.log10(4 / max((y - x).square().mean().item(), 1e-12))
+
+@torch.no_grad()
+def evaluate(pretrainer, x, tasks, options, chunk=32):
+    """Corrupt and restore images x (M, 3, S, S): {task: {metric: value}}, {task: iterates}.
+    psnr_corrupted, and psnr_step_k after each restoration step: of all pixels, for mim of the
+    hidden ones. psnr_clean: of a clean image after a step. *_quarter: of images corrupted by a
+    quarter. order: share of images lower clean than corrupted; auroc: of all pairs of images."""
+    model, metrics, iterates = pretrainer.model, {}, {}
+    def energy(y):  # (M,)
+        return torch.cat([model(part) for part in y.split(chunk)])
+    def steps(y, num_steps=1):  # (K, M, 3, S, S)
+        return torch.cat([restore(model, part, pretrainer.alpha, num_steps)
+                          for part in y.split(chunk)], 1)
+    clean, psnr_clean = energy(x), psnr(steps(x)[0], x)
+    for task in tasks:
+        x_tilde = corrupt(x, task, make_generator(x.device, "evaluate", task), options)
+        quarter, corrupted = x.lerp(x_tilde, 0.25), energy(x_tilde)
+        iterates[task] = [x_tilde, *steps(x_tilde, pretrainer.num_steps)]
+        seen = x_tilde != x if task == "mim" else torch.ones_like(x, dtype=torch.bool)
+        values = [psnr(x_k[seen], x[seen]) for x_k in iterates[task]]
+        metrics[task] = {
+            "psnr_corrupted": values[0],
+            **{f"psnr_step_{k}": value for k, value in enumerate(values[1:], 1)},
+            "psnr_clean": psnr_clean, "psnr_quarter": psnr(quarter, x),
+            "psnr_step_quarter": psnr(steps(quarter)[0], x),
+            "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
+            "order": (clean < corrupted).float().mean().item(),
+            "order_quarter": (clean < energy(quarter)).float().mean().item(),
+            "auroc": (clean[:, None] < corrupted).float().mean().item()}
+    return metrics, iterates
+
+def print_table(metrics):
+    """A row for each metric of `evaluate`, a column for each task."""
+    print("\n" + " " * 20 + "".join(f"{task:>9}" for task in metrics))
+    for name in next(iter(metrics.values())):
+        print(f"{name:<20}" + "".join(f"{row[name]:9.2f}" for row in metrics.values()))
+
+def draw_picture(x, iterates):
+    """Named rows of images: for each task the clean x (M, 3, S, S), and its iterates."""
+    rows = []
+    for task, (x_tilde, *x_hat) in iterates.items():
+        rows += [(f"{task}: clean", x), ("corrupted", x_tilde)]
+        rows += [(f"restored, step {k}", x_k) for k, x_k in enumerate(x_hat, 1)]
+    tiles = torch.cat([row[:len(x)] for _, row in rows]).cpu().clamp(-1, 1) / 2 + 0.5
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // tiles.shape[3]))
+    grid = torchvision.utils.make_grid(tiles, nrow=len(x), padding=4, pad_value=1.0)
+    picture = ImageOps.expand(v2.functional.to_pil_image(grid), (120, 0, 0, 0), "white")
+    for i, (name, _) in enumerate(rows):
+        ImageDraw.Draw(picture).text((8, (i + 0.4) * (tiles.shape[2] + 4)), name, fill="black")
+    return picture
+
+# ==== 9. Pretraining =================================================
+def build_pretrainer(args, pairs, device):
+    """The energy in its Pretrainer, its weights drawn from the seed or read from args.weights."""
+    x, _ = next(image_batches(args, pairs, device, 32, [0], "statistics"))
+    torch.manual_seed(args.seed)
+    try:
+        model = build_model(args.model, args.image_size, args.patch_size).to(device)
+        # batch norm becomes a fixed map of each image: the statistics of one batch, for good
+        torch.optim.swa_utils.update_bn([x], model)
+        pretrainer = Pretrainer(model, args.alpha, args.restore_steps, args.order_weight)
+        freeze_unused(pretrainer, x[:2])
+        if args.weights:
+            pretrainer.load_state_dict(load_checkpoint(args.weights)["pretrainer"])
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # torchvision's, too
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--model {args.model} at {args.image_size} pixels: {reason}")
+    print0(f"{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters; {args.data}; "
+           f"{WORLD_SIZE} processes on {device}")
+    return pretrainer
+
 def train(args, pretrainer, pairs, device):
     """Take the steps that OUT's checkpoint has not taken yet, and save on the way."""
     optimizers = build_optimizers(pretrainer, args.weight_decay)
     log = resume(args, pretrainer, optimizers)
     if args.compile:
         pretrainer.compile(fullgraph=True)
-    module = pretrainer if WORLD_SIZE == 1 else DistributedDataParallel(pretrainer)
+    module = pretrainer if WORLD_SIZE == 1 else nn.parallel.DistributedDataParallel(pretrainer)
     last, start = log[-1]["step"] if log else 0, time.time()
     steps = range(last + 1, args.max_steps + 1)
     batches = image_batches(args, pairs, device, args.batch_size, steps, "train", RANK, WORLD_SIZE)
@@ -691,15 +610,15 @@ def train(args, pretrainer, pairs, device):
         x_tilde, num_partial = corrupt_batch(x, args.task.split(","), generator, vars(args),
                                              step + RANK * len(x), args.partial_share)
         with autocast(device):
-            loss = module(x, x_tilde, num_partial)      # Eq. (3) and (4)
+            loss = module(x, x_tilde, num_partial)  # Eq. (3) and (4)
         pretrainer.zero_grad()
-        loss.backward()             # back through dE/dx; DistributedDataParallel averages
+        loss.backward()  # back through dE/dx; DistributedDataParallel averages
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = set_learning_rate(args, optimizers, step)
         for optimizer in optimizers:
             optimizer.step()
         save = step % args.save_every == 0 or step == args.max_steps
-        if save or step % LOG_EVERY == 0 or step == 1:
+        if save or step % 50 == 0 or step == 1:
             if not math.isfinite(loss.item() + norm.item()):
                 raise UserError(f"step {step}: loss {loss.item()}; not saved; lower --lr")
             speed, last, start = (step - last) / (time.time() - start), step, time.time()
@@ -709,11 +628,6 @@ def train(args, pretrainer, pairs, device):
                    f"{(args.max_steps - step) / speed / 60:.1f} minutes left")
         if save and RANK == 0:
             save_checkpoint(args, pretrainer, optimizers, log)
-
-def held_out_count(args, held_out, most, part):
-    """How many images to evaluate on: after a short run few, lest it take longer than the run."""
-    count = args.eval_images or min(most, 8 + args.max_steps * args.batch_size // part)
-    return min(count, len(held_out)) if held_out else count
 
 def pretrain(args, device):
     """Train, unless --evaluate, then measure on held-out images: {task: {metric: value}}."""
@@ -725,7 +639,7 @@ def pretrain(args, device):
         dist.destroy_process_group()
     if RANK > 0:
         return {}
-    count = held_out_count(args, held_out, 256, 100)
+    count = min(args.eval_images, len(held_out or range(args.eval_images)))
     print(f"evaluating on {count} images", flush=True)
     x, _ = next(image_batches(args, held_out, device, count, [0], "held out"))
     with autocast(device):
@@ -736,76 +650,67 @@ def pretrain(args, device):
     write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
     return metrics
 
-# ==== 10. Use of the weights ==================================================
-# Did pretraining pay? A classifier on few labels, from a checkpoint and from scratch.
+# ==== 10. Use of the weights =========================================
+# Did pretraining pay? Compare a classifier from a checkpoint with one from scratch.
 def finetune(args, device):
-    """Train a classifier on the network of a checkpoint, or on a new one: {"accuracy": share}."""
+    """Train a classifier on a checkpoint's network, or on a new one: {"accuracy": share}."""
     pairs, held_out, num_classes = open_data(args)
     if num_classes < 2:
         raise UserError(f"--data {args.data}: --finetune needs a folder for each of its classes")
     model = build_pretrainer(args, pairs, device).model.requires_grad_(not args.freeze)
-    model.head.requires_grad_(False)        # the energy has no part in it
-    dim = model.head.in_features
-    norm = nn.BatchNorm1d(dim, affine=False)    # so that one learning rate fits all networks
-    linear = nn.Linear(dim, num_classes)
-    classifier = nn.ModuleDict({"model": model, "norm": norm, "linear": linear}).to(device)
+    model.forward, dim = model.represent, model.head.in_features  # the energy has no part
+    classifier = nn.Sequential(  # normalised, so that one learning rate fits all networks
+        model, nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_classes)).to(device)
     optimizers = build_optimizers(classifier, args.weight_decay)
     steps = range(1, args.max_steps + 1)
     batches = image_batches(args, pairs, device, args.batch_size, steps, "train")
     for step, (x, labels) in zip(steps, batches):
         with autocast(device):
-            loss = F.cross_entropy(linear(norm(model.represent(x))), labels)
+            loss = F.cross_entropy(classifier(x), labels)
         classifier.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(classifier.parameters(), max_norm=1.0)
         set_learning_rate(args, optimizers, step)
         for optimizer in optimizers:
             optimizer.step()
-        if step % LOG_EVERY == 0 or step in (1, args.max_steps):
+        if step % 50 == 0 or step in (1, args.max_steps):
             print(f"step {step}/{args.max_steps}  loss {loss.item():.4f}", flush=True)
-    count, hits = held_out_count(args, held_out, 10_000, 4), []
-    steps = range(math.ceil(count / 32))
-    norm.eval()                             # the running statistics, not a batch's
+    classifier.eval()  # the norm's running statistics, not a batch's
+    count = min(args.eval_images, len(held_out or range(args.eval_images)))
+    hits, steps = [], range(math.ceil(count / 32))
     with torch.no_grad(), autocast(device):
         for x, labels in image_batches(args, held_out, device, 32, steps, "held out"):
-            hits.append(linear(norm(model.represent(x))).argmax(1) == labels)
-    metrics = {"accuracy": share(torch.cat(hits)[:count])}
+            hits.append(classifier(x).argmax(1) == labels)
+    metrics = {"accuracy": torch.cat(hits)[:count].float().mean().item()}
     print(f"{metrics['accuracy']:.1%} of {count} held-out images are classified right")
     write_file(args, "classifier.pt", lambda file: torch.save(classifier.state_dict(), file))
     write_file(args, "metrics.json", lambda file: file.write(json.dumps(metrics).encode()))
     return metrics
 
-# ==== 11. Command line ========================================================
+# ==== 11. Command line ===============================================
 CPU = {"model": "nano", "image_size": 32, "batch_size": 32, "lr": 8.5e-3,
        "max_steps": 1500, "epochs": None, "save_every": 100, "compile": False}
 GPU = {"model": "small", "image_size": 224, "batch_size": 128 * WORLD_SIZE, "lr": 1.5e-3,
        "max_steps": 2000, "epochs": 100, "save_every": 500, "compile": True}
-FINETUNE = {"lr": 2e-3, "max_steps": 600, "epochs": None}
+FINETUNE = {"lr": 2e-3, "max_steps": 600, "epochs": None, "eval_images": 5000}
+PROBE = FINETUNE | {"lr": 3.5e-2}
 NETWORK = ("model", "image_size", "patch_size", "alpha", "data", "augment")  # go with weights
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message + "; see --help")
-
-def real(path):
-    """A path in one spelling, for two are no two configurations; names such as cifar10 stay."""
-    return os.path.realpath(path) if os.path.exists(path) else path
-
 def build_parser():
-    parser, switch = Parser(), argparse.BooleanOptionalAction
-    parser.epilog = f"Defaults on a CPU: {CPU}; on GPUs: {GPU}, of which epochs count with --data."
+    parser, switch = argparse.ArgumentParser(), argparse.BooleanOptionalAction
+    parser.epilog = f"Defaults on a CPU: {CPU}; on GPUs, epochs with --data only: {GPU}."
     add = parser.add_argument_group("what to do").add_argument
     add("--task", default="all", help=f"{', '.join(TASKS)}, a comma list, or all")
     one = parser.add_mutually_exclusive_group().add_argument
     one("--evaluate", action="store_true", help="train nothing: table and picture of --out")
-    one("--init", type=real, metavar="FILE", help="begin with the weights of this checkpoint.pt")
+    one("--init", metavar="FILE", help="begin with the weights of this checkpoint.pt")
     one("--finetune", metavar="FILE", help="train a classifier: a checkpoint.pt, or scratch")
-    add("--freeze", action="store_true", help="with --finetune: only a linear probe")
+    add("--freeze", action="store_true", help="--finetune only a linear probe")
     add("--out", help="folder; default: runs/TASK, runs/finetune or runs/scratch")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
-        help="cpu, cuda, cuda:N, or mps, which is untried")
+    add("--device", choices=["cpu", "cuda", "mps"], help="mps is untried",
+        default="cuda" if torch.cuda.is_available() else "cpu")
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=real, default="procedural", help="folder, image file, cifar10 or cifar100")
+    add("--data", default="procedural", help="folder, image file, cifar10 or cifar100",
+        type=lambda name: os.path.realpath(name) if os.path.exists(name) else name)
     add("--labels", type=int, help="train on so many images only")
     add("--image-size", type=int, help="side in pixels")
     add("--augment", action=switch, default=True, help="random crops and flips")
@@ -816,11 +721,11 @@ def build_parser():
     add("--restore-steps", type=int, default=1, help="K, steps down the energy")
     add("--alpha", type=float, default=256.0, help="restoration's step size")
     add("--order-weight", type=float, default=0.007, help="w in Eq. (4)")
-    add("--partial-share", type=float, default=0.1, help="of images corrupted in part; 0: no (4)")
+    add("--partial-share", type=float, default=0.1, help="of images corrupted in part")
     add = parser.add_argument_group("corruptions").add_argument
     add("--mask-ratio", type=float, default=0.5, help="mim: share of hidden blocks")
-    add("--mask-grid", type=int, help="mim: blocks per side; default: up to 8, of whole patches")
-    add("--sort-grid", type=int, help="sort: pieces per side; default: up to 7, of whole patches")
+    add("--mask-grid", type=int, help="mim: blocks a side; default: 8 or fewer, whole patches")
+    add("--sort-grid", type=int, help="sort: pieces a side; default: 7 or fewer, whole patches")
     add("--sr-factor", type=int, default=4, help="sr: how many times smaller")
     add("--noise-std", type=float, default=0.5, help="denoise: pixels in [-1, 1]")
     add = parser.add_argument_group("training").add_argument
@@ -837,15 +742,16 @@ def build_parser():
     return parser
 
 def parse_args(argv):
-    """The configuration: what was typed, over that of a checkpoint (all of it if --evaluate, the
-    network and its data if --init or --finetune), over the defaults for the device."""
+    """What was typed, over a checkpoint's configuration (all of it for --evaluate, the network
+    and its data for --init and --finetune), over the defaults for the device."""
     parser = build_parser()
-    typed = parser.parse_args(argv)                 # what was typed decides on the defaults
+    def refuse(message):
+        raise UserError(f"{message}; see --help")
+    parser.error = refuse
+    typed = parser.parse_args(argv)  # it decides on the defaults: parse again
     name = {None: typed.task, "scratch": "scratch"}.get(typed.finetune, "finetune")
-    parser.set_defaults(out="runs/" + name.replace(",", "-"))
-    parser.set_defaults(**(GPU if typed.device.startswith("cuda") else CPU))
-    parser.set_defaults(**(FINETUNE if typed.finetune else {}))
-    parser.set_defaults(**({"lr": 3.5e-2} if typed.freeze else {}))     # for the probe alone
+    parser.set_defaults(out=f"runs/{name}", **(GPU if typed.device == "cuda" else CPU))
+    parser.set_defaults(**({} if not typed.finetune else PROBE if typed.freeze else FINETUNE))
     args = parser.parse_args(argv)
     weights = f"{args.out}/checkpoint.pt" if args.evaluate else args.init or args.finetune
     if weights not in (None, "scratch"):
@@ -854,63 +760,60 @@ def parse_args(argv):
                                name in NETWORK or args.evaluate and name not in FREE})
         args = parser.parse_args(argv)
     args.weights = None if weights == "scratch" else weights
-    if typed.max_steps or typed.epochs:             # either one replaces both defaults
+    if typed.max_steps or typed.epochs:  # either one replaces both defaults
         args.max_steps, args.epochs = typed.max_steps, typed.epochs
     elif args.data == "procedural":
-        args.epochs = None                          # landscapes have no end
+        args.epochs = None  # landscapes have no end
     if typed.lr is None and not args.model.startswith((*VIT_SIZES, "vit", "swin")):
-        args.lr /= 10       # convolutions train by AdamW alone, too fast at Muon's rate
+        args.lr /= 10  # convolutions train by AdamW alone, too fast at Muon's rate
     args.task = ",".join(TASKS) if args.task == "all" else args.task
     args.patch_size = args.patch_size or (4 if args.image_size < 128 else 16)
-    def whole_patches(most):
-        patches = args.image_size // args.patch_size
-        return max(n for n in range(1, most + 1) if patches % n == 0)
-    args.mask_grid = args.mask_grid or whole_patches(8)
-    args.sort_grid = args.sort_grid or whole_patches(7)
+    patches = args.image_size // args.patch_size
+    grids = [n for n in range(1, 9) if patches % n == 0]  # of whole patches
+    args.mask_grid = args.mask_grid or grids[-1]
+    args.sort_grid = args.sort_grid or max(n for n in grids if n < 8)
+    if not args.eval_images:  # at most a tenth of the run's time
+        args.eval_images = min(256, 8 + (args.max_steps or 2**20) * args.batch_size // 100)
     check_args(args)
     return args
 
 def check_args(args):
-    """UserError at the first value that makes no sense or does not fit the others."""
-    zero_too = "weight_decay warmup_steps workers seed order_weight partial_share".split()
-    tasks = [] if args.finetune else args.task.split(",")       # a classifier corrupts nothing
-    checks = [(name, value > 0 or value == 0 and name in zero_too, "too small")
-              for name, value in vars(args).items() if type(value) in (int, float)]
-    for name, task in (("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")):
-        fits = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
-        checks.append((name, task not in tasks or fits, "must be above 1 and divide --image-size"))
-    checks += [
-        ("task", set(tasks) <= set(TASKS), f"choose from {', '.join(TASKS)}, or all"),
-        ("mask_ratio", args.mask_ratio < 1, "must be below 1"),
-        ("partial_share", args.partial_share < 1, "must be below 1"),
-        ("epochs", args.data != "procedural" or not args.epochs, "is for --data"),
-        ("freeze", args.finetune or not args.freeze, "is for --finetune"),
-        ("finetune", WORLD_SIZE == 1 or not args.finetune, "takes one process"),
-        ("device", args.device in ("cpu", "cuda", "mps") or WORLD_SIZE == 1 and
-         re.fullmatch(r"cuda:\d+", args.device), "give cpu, cuda or mps"),
-        ("batch_size", args.evaluate or args.batch_size % WORLD_SIZE == 0,
-         f"must be a multiple of the {WORLD_SIZE} processes"),
-        ("batch_size", args.batch_size > 1 or not args.finetune, "--finetune needs two or more")]
-    for name, holds, expected in checks:
+    """UserError at the first value that makes no sense."""
+    def check(name, holds, expected):
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
+    zero_too = "weight_decay warmup_steps workers seed order_weight partial_share".split()
+    for name, value in vars(args).items():
+        if type(value) in (int, float):
+            check(name, value > 0 or value == 0 and name in zero_too, "too small")
+    used = {args.model} if args.finetune else {args.model, *args.task.split(",")}
+    check("task", used <= {args.model, *TASKS}, f"choose from {', '.join(TASKS)}, or all")
+    sides = [("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")]
+    for name, user in sides + [("patch_size", model) for model in VIT_SIZES]:
+        check(name, user not in used or 1 < getattr(args, name) and
+              args.image_size % getattr(args, name) == 0, "must be above 1 and divide --image-size")
+    check("mask_ratio", args.mask_ratio < 1, "must be below 1")
+    check("partial_share", args.partial_share < 1, "must be below 1")
+    check("epochs", args.data != "procedural" or not args.epochs, "is for --data")
+    check("freeze", args.finetune or not args.freeze, "is for --finetune")
+    check("finetune", WORLD_SIZE == 1 or not args.finetune, "takes one process")
+    check("batch_size", args.batch_size > 1 or not args.finetune, "--finetune needs two or more")
+    check("batch_size", args.batch_size % WORLD_SIZE == 0 or args.evaluate,
+          f"must be a multiple of the {WORLD_SIZE} processes")
 
 def main(argv=None):
-    """Do as the command line says; return, on the first process, {task: {metric: value}}, or after
-    --finetune {"accuracy": share}. A mistake of the user's is one line and SystemExit(2)."""
+    """Return, on the first process, {task: {metric: value}}, or after --finetune {"accuracy":
+    share}. A mistake of the user's is one line and SystemExit(2)."""
     try:
         args = parse_args(argv)
-        device = join_processes(args.device)
-        return (finetune if args.finetune else pretrain)(args, device)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; pretraining goes on if the same command is given again")
+        return (finetune if args.finetune else pretrain)(args, join_processes(args.device))
     except UserError as error:
-        message = str(error).splitlines()[-1]       # a decoder's comes behind its traceback
+        message = str(error).split("UserError: ")[-1]  # a worker's comes behind its traceback
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory; a smaller --batch-size, --image-size or --model would fit"
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"--compile fails ({type(error).__name__}); --no-compile does without"
-    print("energy_pretrain.py: error:", message, file=sys.stderr, flush=True)
+    print("energy_pretrain.py: error:", *message.split(), file=sys.stderr)
     sys.exit(2)
 
 if __name__ == "__main__":

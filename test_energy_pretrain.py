@@ -1,11 +1,11 @@
 """Tests of energy_pretrain.py, in its order; the names of the tests are its specification.
 
 `pytest -q` runs them on a CPU, without a network. `python test_energy_pretrain.py` prints what a
-training step costs. Images are drawn as seeds: hypothesis varies shapes, tasks and strengths.
+training step costs, `python test_energy_pretrain.py curves [OUT]` draws energies of a trained run.
 """
 import json
 import os
-import runpy
+import re
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ import pytest
 import torch
 import torchvision
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -45,16 +45,11 @@ def tiny_vit(seed=0, head=True, depth=2):
 def corrupted(x, task, seed, **options):
     return ep.corrupt(x, task, ep.make_generator("cpu", seed), {"mask_grid": 4, **options})
 
+def pieces(x, side):
+    """Images (B, C, S, S) as square pieces (B, M, C*side*side)."""
+    return torch.nn.functional.pixel_unshuffle(x, side).flatten(2).transpose(1, 2)
+
 # ==== 1. Corruptions =========================================================
-
-@given(seeds, st.integers(1, 3), st.integers(1, 5), st.integers(1, 4), st.integers(2, 4))
-def test_patchify_cuts_row_by_row_and_unpatchify_undoes_it(seed, batch, patch, rows, columns):
-    x = torch.randn(batch, 3, rows * patch, columns * patch)
-    patches = ep.patchify(x, patch)
-    assert patches.shape == (batch, rows * columns, 3 * patch**2)
-    assert torch.equal(patches[:, 1], x[:, :, :patch, patch:2 * patch].flatten(1))
-    assert torch.equal(ep.unpatchify(patches, patch, rows * patch), x)
-
 @given(seeds, tasks, st.integers(1, 4), st.sampled_from([8, 16, 32]),
        st.sampled_from([torch.float32, torch.float64]))
 def test_corrupt_keeps_shape_dtype_and_its_input(seed, task, batch, size, dtype):
@@ -68,7 +63,7 @@ def test_corrupt_keeps_shape_dtype_and_its_input(seed, task, batch, size, dtype)
 def test_hide_blocks_hides_exactly_the_share_in_whole_blocks(seed, grid, ratio):
     x = images(seed).abs() + 0.1                        # no pixel is zero before
     masked = corrupted(x, "mim", seed, mask_ratio=ratio, mask_grid=grid)
-    blocks = ep.patchify(masked == 0, 16 // grid)
+    blocks = pieces(masked == 0, 16 // grid)
     assert (blocks.all(2) | ~blocks.any(2)).all(), "a block is hidden in part"
     assert (blocks.any(2).sum(1) == round(ratio * grid**2)).all()
     assert torch.equal(masked[masked != 0], x[masked != 0])
@@ -76,16 +71,17 @@ def test_hide_blocks_hides_exactly_the_share_in_whole_blocks(seed, grid, ratio):
 @given(seeds, st.sampled_from([2, 4, 8]))
 def test_shuffle_patches_permutes_whole_pieces(seed, grid):
     x = images(seed)
-    before, after = (ep.patchify(y, 16 // grid)
-                     for y in (x, corrupted(x, "sort", seed, sort_grid=grid)))
-    for a, b in zip(before, after):
+    x_tilde = corrupted(x, "sort", seed, sort_grid=grid)
+    for a, b in zip(pieces(x, 16 // grid), pieces(x_tilde, 16 // grid)):
         assert sorted(map(tuple, a.tolist())) == sorted(map(tuple, b.tolist()))
 
-def test_shuffle_patches_is_uniform_and_differs_between_images():
-    x = torch.arange(4.0).view(1, 1, 2, 2).expand(4000, 3, 2, 2)
-    first = corrupted(x, "sort", 0, sort_grid=2)[:, 0, 0, 0]
-    shares = torch.bincount(first.long(), minlength=4) / len(x)
-    assert (shares - 0.25).abs().max() < 0.03, shares      # more than 4 standard deviations
+@pytest.mark.parametrize("task", ["mim", "sort"])
+def test_each_place_is_hidden_and_filled_equally_often(task):
+    x = torch.arange(1.0, 5.0).view(1, 1, 2, 2).expand(4000, 3, 2, 2)
+    first = corrupted(x, task, 0, sort_grid=2, mask_grid=2)[:, 0, 0, 0]
+    shares = torch.bincount(first.long(), minlength=5) / len(x)
+    expected = torch.tensor([0.5, 0.5, 0, 0, 0] if task == "mim" else [0, 0.25, 0.25, 0.25, 0.25])
+    assert (shares - expected).abs().max() < 0.03, shares      # nearly 4 standard deviations
 
 @given(seeds, st.sampled_from([2, 4]))
 def test_lower_resolution_averages_and_enlarges(seed, factor):
@@ -107,14 +103,12 @@ def test_remove_color_makes_the_grey_of_bt_601():
     torch.testing.assert_close(corrupted(grey, "color", 0), grey)
 
 # ==== 2. The energy ==========================================================
-
 def test_the_vit_reads_out_a_weighted_distance_of_patches_from_what_is_expected():
     model, x = tiny_vit(), images(0)
     p = model.embed(x)
     z = model.encode(p)
     expected = ((p - z)**2 @ model.head.weight[0]).mean(1) / 2
     torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(p, model.patch_embed.proj(x).flatten(2).transpose(1, 2))
     torch.testing.assert_close(model.represent(x), z.mean(1))
 
 @pytest.mark.parametrize("name", ["nano", "resnet18"])
@@ -131,40 +125,35 @@ def test_vit_features_equal_torchvisions_vit_with_the_same_weights():
         torch.nn.init.normal_(p, std=0.2)
     other = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 64).double().eval()
     other.heads = torch.nn.Identity()
-    names = {"cls_token": "class_token", "pos_embed": "encoder.pos_embedding",
-             "patch_embed.proj": "conv_proj", "blocks.": "encoder.layers.encoder_layer_",
-             "norm1": "ln_1", "norm2": "ln_2", "attn.qkv.": "self_attention.in_proj_",
+    names = {"^cls_token": "class_token", "^pos_embed": "encoder.pos_embedding",
+             "^patch_embed.proj": "conv_proj", "^blocks.": "encoder.layers.encoder_layer_",
+             "norm(\\d)": "ln_\\1", "^norm": "encoder.ln", "attn.qkv.": "self_attention.in_proj_",
              "attn.proj": "self_attention.out_proj", "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.3"}
-    state = model.state_dict()
-    del state["head.weight"]
-    for name in list(state):
-        new = "encoder.ln" + name[4:] if name.startswith("norm.") else name
+    state = {}
+    for name, value in model.state_dict().items():
         for ours, theirs in names.items():
-            new = new.replace(ours, theirs, 1)
-        state[new] = state.pop(name)
+            name = re.sub(ours, theirs, name)
+        state[name] = value
+    del state["head.weight"]
     other.load_state_dict(state, strict=True)
     x, tokens = images(0, dtype=torch.float64), []
     other.encoder.register_forward_hook(lambda module, args, out: tokens.append(out))
     other(x)
     torch.testing.assert_close(model.encode(model.embed(x)), tokens[0][:, 1:])
 
-def test_patches_attend_to_their_neighbours_from_the_start():
+def test_positions_are_alike_where_they_are_near():
+    """As exp(-(0.7 d)^2 / 2) at distance d, but for what is left to chance."""
     torch.manual_seed(1)
-    model = ep.build_model("nano", 32)
+    position = ep.build_model("nano", 32).pos_embed.detach()[0, 1:] / 0.6       # (N, D)
     place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
-    position = model.pos_embed.detach()[0, 1:] / 0.6                            # (N, D)
-    alike = position @ position.T / position.shape[1]
-    error = (alike - (-(0.7 * torch.cdist(place, place))**2 / 2).exp()).abs()
+    expected = (-(0.7 * torch.cdist(place, place))**2 / 2).exp()
+    error = (position @ position.T / position.shape[1] - expected).abs()
     assert error.mean() < 0.1 and error.max() < 0.5, error
-    assert model.cls_token.std() > 0.4
-    for block in model.blocks:
-        query, key, value = block.attn.qkv.weight.chunk(3)
-        assert torch.equal(key, query) and torch.equal(block.attn.proj.weight, -value.T)
 
 @pytest.mark.parametrize("name, frozen", [
-    ("resnet18", []), ("convnext_tiny", ["net.classifier.0.bias"]), ("swin_t", ["net.norm.bias"]),
+    ("nano", []), ("resnet18", []), ("convnext_tiny", ["net.classifier.0.bias"]), ("swin_t", ["net.norm.bias"]),
     ("vit_of_a_test", ["net.encoder.ln.bias"])])
-def test_torchvision_networks_train_through_their_gradient(name, frozen, monkeypatch):
+def test_all_networks_train_through_their_gradient(name, frozen, monkeypatch):
     if name.startswith("vit"):      # torchvision's smallest has 86 million parameters
         monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights, image_size:
                             torchvision.models.VisionTransformer(image_size, 8, 2, 2, 32, 64))
@@ -172,6 +161,7 @@ def test_torchvision_networks_train_through_their_gradient(name, frozen, monkeyp
     pretrainer = ep.Pretrainer(ep.build_model(name, 32))
     assert not any(getattr(m, "inplace", False) or m.training for m in pretrainer.model.modules())
     ep.freeze_unused(pretrainer, images(0, 2, 32))
+    assert all(p.grad is None for p in pretrainer.parameters())
     trained = [p for p in pretrainer.parameters() if p.requires_grad]
     assert [n for n, p in pretrainer.model.named_parameters() if not p.requires_grad] == frozen
     optimizer = torch.optim.SGD(trained, lr=1.0)
@@ -183,12 +173,7 @@ def test_torchvision_networks_train_through_their_gradient(name, frozen, monkeyp
     # in a ReLU network dE/dx depends on a bias only where a unit switches: a derivative of zero
     assert sum(bool(p.grad.any()) for p in trained) > 0.6 * len(trained)
 
-def test_networks_that_do_not_end_in_a_linear_layer_are_refused():
-    with pytest.raises(ValueError, match="linear"):
-        ep.build_model("squeezenet1_0")
-
 # ==== 3. Restoration and loss ================================================
-
 def bowl(p, curvature=1.0):
     """An energy with a parameter, whose double backward one can write down."""
     return lambda x: curvature * (p * x**2).flatten(1).sum(1) / 2
@@ -290,14 +275,6 @@ def test_the_loss_adds_the_order_of_the_first_images():
     assert expected > 0.1
     torch.testing.assert_close(pretrainer(x, x_tilde, 2) - pretrainer(x, x_tilde), 3 * expected)
 
-@pytest.mark.parametrize("head", [False, True])
-def test_every_trainable_parameter_gets_a_gradient(head):
-    pretrainer = ep.Pretrainer(tiny_vit(head=head))
-    ep.freeze_unused(pretrainer, images(0))
-    assert all(p.grad is None for p in pretrainer.parameters())
-    pretrainer(images(0), images(1), 1).backward()
-    assert all(p.requires_grad and p.grad is not None for p in pretrainer.parameters())
-
 def test_compiled_loss_and_gradients_equal_eager():
     results, pretrainer = [], ep.Pretrainer(tiny_vit(depth=1), 2.0)
     for compiled in (False, True):
@@ -312,7 +289,7 @@ def test_compiled_loss_and_gradients_equal_eager():
 @given(seeds, st.integers(0, 9), st.integers(1, 12), st.integers(1, 5))
 def test_corrupt_batch_deals_the_tasks_in_turn_and_corrupts_the_first_in_part(
         seed, turn, batch, count):
-    """Two processes with half a batch each deal as one does, if the second begins its turn later."""
+    """Two processes with half a batch each deal as one does, if the second begins later."""
     chosen, x = ep.TASKS[:count], images(seed, batch).clamp(0.1, 1)
     generator = ep.make_generator("cpu", seed)
     x_tilde, num_partial = ep.corrupt_batch(x, chosen, generator, {"mask_grid": 4}, turn, 0.25)
@@ -357,7 +334,6 @@ def test_an_energy_step_costs_at_most_2_2_supervised_ones():
     assert 1.5 < flops[1] / flops[0] <= 2.2, flops
 
 # ==== 4. Processes and randomness ============================================
-
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=4))
 def test_a_generator_follows_from_its_key(key):
     first, again, other = (torch.rand(4, generator=ep.make_generator("cpu", *k))
@@ -366,19 +342,7 @@ def test_a_generator_follows_from_its_key(key):
     assert ep.seed_from("crop", 0, 17) == 2794066429       # in every version of Python
     assert (ep.RANK, ep.LOCAL_RANK, ep.WORLD_SIZE) == (0, 0, 1)    # without torchrun
 
-def test_restarted_workers_do_not_read_what_their_predecessors_left(monkeypatch):
-    shared, stores = torch.distributed.HashStore(), []
-    monkeypatch.setattr(ep, "WORLD_SIZE", 2)
-    monkeypatch.setattr(ep.dist, "rendezvous", lambda url: iter([(shared, 0, 2)]))
-    monkeypatch.setattr(ep.dist, "init_process_group", lambda store, **k: stores.append(store))
-    for attempt in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        ep.join_processes("cpu")
-    stores[0].set("address", "old")
-    assert stores[0].check(["address"]) and not stores[1].check(["address"])
-
 # ==== 5. Data ================================================================
-
 @given(seeds, st.integers(1, 5), st.sampled_from([16, 31, 64]))
 def test_landscapes_are_images_and_follow_from_the_seed(seed, batch, size):
     x, kind = ep.draw_landscapes(batch, size, ep.make_generator("cpu", seed))
@@ -416,23 +380,18 @@ def people_s_images(folder):
     red.convert("RGBA").save(folder / "alpha.png")
     red.resize((1, 1)).save(folder / "dot.png")
     red.resize((2, 900)).save(folder / "thin.png")
-    Image.new("I;16", (20, 20), 128 * 256).save(folder / "deep16.png")
-    Image.new("F", (20, 20), 0.5).save(folder / "float.tif")
     red.save(folder / "restorations.png")
     (folder / "notes.txt").write_text("not an image")
     (folder / "link").symlink_to(folder / "deep", target_is_directory=True)
-    (folder / "deep" / "circle").symlink_to(folder, target_is_directory=True)
 
-def test_a_folders_images_are_found_once_and_what_is_left_out_is_said(tmp_path, capsys):
+def test_a_folders_images_are_found_and_what_is_left_out_is_said(tmp_path, capsys):
     people_s_images(tmp_path)
     pairs = ep.find_images(str(tmp_path))
-    names = sorted(os.path.relpath(os.path.realpath(file), tmp_path) for file, _ in pairs)
-    assert names == sorted(["deep/er/image.png", "photo.JPG", "no ending", "press.jpg",
-                            "palette.gif", "alpha.png", "dot.png", "thin.png"])
-    assert len({label for _, label in pairs}) == 2      # the root itself, and deep
-    printed = capsys.readouterr().out
-    assert "8 images; left out: 1 other files and 2 images" in printed
-    assert "deep16.png" in printed and "float.tif" in printed and "notes" not in printed
+    assert [os.path.relpath(file, tmp_path) for file, _ in pairs] == [
+        "alpha.png", "deep/er/image.png", "dot.png", "link/er/image.png", "no ending",
+        "palette.gif", "photo.JPG", "press.jpg", "thin.png"]
+    assert [label for _, label in pairs] == [0, 1, 0, 2, 0, 0, 0, 0, 0]     # the root is a class
+    assert f"{tmp_path}: 9 images, 1 other files" in capsys.readouterr().out
     crops = ep.Crops(pairs, 16, False)
     for index, (file, _) in enumerate(pairs):
         pixels, _ = crops[index, 0]
@@ -448,31 +407,33 @@ def test_photographs_are_turned_upright_and_large_jpegs_decoded_small(tmp_path):
     pixels, _ = ep.Crops([(str(tmp_path / "turned.jpg"), 0)], 16, False)[0, 0]
     assert pixels[:, 0].min() > 240 and pixels[:, -1].max() < 15       # now the upper half is
 
-def test_in_place_of_a_broken_file_come_others_drawn_at_random(tmp_path, capsys):
-    pairs = [(str(tmp_path / f"{i}.png"), i) for i in range(6)]
+@pytest.mark.parametrize("fault", ["cut", "16 bits", "float"])
+def test_in_place_of_an_unusable_file_come_others_drawn_at_random(tmp_path, capsys, fault):
+    pairs = [(str(tmp_path / f"{i}.tif"), i) for i in range(6)]
     for path, i in pairs:
         Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(path)
-    Path(pairs[0][0]).write_bytes(Path(pairs[0][0]).read_bytes()[:45])
-    crops = ep.Crops(pairs, 16, False)
-    labels = []
+    if fault == "cut":
+        Path(pairs[0][0]).write_bytes(Path(pairs[0][0]).read_bytes()[:45])
+    else:
+        Image.new("F" if fault == "float" else "I;16", (20, 20)).save(pairs[0][0])
+    crops, labels = ep.Crops(pairs, 16, False), []
     for seed in range(60):
         pixels, label = crops[0, seed]
         assert (pixels[0] == 40 * label).all() and label > 0
         labels.append(label)
-    assert min(map(labels.count, range(1, 6))) > 2 and f"cannot read {pairs[0][0]}" \
-        in capsys.readouterr().err
-    with pytest.raises(ep.UserError, match="0.png cannot be read"):
+    assert min(map(labels.count, range(1, 6))) > 2
+    assert f"left out {pairs[0][0]}" in capsys.readouterr().err
+    with pytest.raises(ep.UserError, match="0.tif cannot be used"):
         ep.Crops(pairs[:1], 16, False)[0, 0]
 
-def test_crops_follow_from_their_seed_and_leave_the_global_state():
+def test_crops_follow_from_their_seed_and_without_augmentation_are_the_middle():
     noise = Image.effect_noise((64, 96), 80)
     crops, middle = (ep.Crops([(noise, 3)], 16, augment) for augment in (True, False))
-    state = torch.get_rng_state()
     assert torch.equal(crops[0, 5][0], crops[0, 5][0]) and crops[0, 5][1] == 3
     assert not torch.equal(crops[0, 5][0], crops[0, 6][0])
     expected = torchvision.transforms.v2.functional.pil_to_tensor(
         noise.convert("RGB").resize((16, 24), Image.Resampling.BILINEAR).crop((0, 4, 16, 20)))
-    assert torch.equal(middle[0, 5][0], expected) and torch.equal(state, torch.get_rng_state())
+    assert torch.equal(middle[0, 5][0], expected)
 
 @given(seeds, st.integers(1, 20), st.sampled_from([1, 2, 4]), st.integers(1, 3))
 def test_every_image_comes_once_an_epoch_however_many_processes(seed, count, world_size, part):
@@ -508,18 +469,17 @@ def test_named_data_have_their_own_held_out_part(monkeypatch):
     calls = []
     def cifar(root, train=True, download=False):
         calls.append(download)
+        if len(calls) > 3:
+            raise OSError("no route to host")
         return [(Image.new("RGB", (32, 32)), train)] * (50 if train else 10)
     monkeypatch.setattr(torchvision.datasets, "CIFAR100", cifar)
-    train, held_out, classes = ep.open_data(ep.parse_args([*TINY, "--data", "cifar100"]))
-    assert (len(train), len(held_out), classes) == (50, 10, 100) and calls[0]
-    def unreachable(root, train=True, download=False):
-        raise OSError("no route to host")
-    monkeypatch.setattr(torchvision.datasets, "CIFAR100", unreachable)
-    with pytest.raises(ep.UserError, match="--data cifar100: cannot be downloaded"):
-        ep.open_data(ep.parse_args([*TINY, "--data", "cifar100"]))
+    args = ep.parse_args([*TINY, "--data", "cifar100"])
+    train, held_out, classes = ep.open_data(args)
+    assert (len(train), len(held_out), classes, calls) == (50, 10, 100, [True, False, False])
+    with pytest.raises(ep.UserError, match="--data cifar100: cannot be downloaded.*no route"):
+        ep.open_data(args)
 
 # ==== 6. Optimisers and schedule =============================================
-
 @pytest.mark.parametrize("model", ["nano", "vit_b_16", "swin_v2_t", "convnext_tiny"])
 def test_muon_moves_inner_matrices_and_only_weights_decay(model):
     pretrainer = ep.Pretrainer(ep.build_model(model, 32))
@@ -530,10 +490,9 @@ def test_muon_moves_inner_matrices_and_only_weights_decay(model):
              for optimizer in (adamw, muon)
              for group in optimizer.param_groups for p in group["params"]}
     for name, p in pretrainer.named_parameters():
-        decays = p.ndim > 1 and not any(
-            word in name for word in ("pos_", "_token", "_table", "_scale"))
-        inner = decays and p.ndim == 2 and any(word in name for word in ("attn", "attention", "mlp"))
-        expected = ("Muon" if inner else "AdamW", 0.1 if decays else 0.0)
+        inner = p.ndim == 2 and any(word in name for word in ("attn", "attention", "mlp"))
+        inner = inner and not name.endswith("_table")               # Swin's positions
+        expected = ("Muon" if inner else "AdamW", 0.1 if p.ndim > 1 else 0.0)
         assert place.pop(id(p)) == expected, name
     assert not place and bool(muon.param_groups[0]["params"]) == (model != "convnext_tiny")
 
@@ -551,7 +510,6 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(warmup, rest):
         0.1, rel=0.1 if steps >= 20 else 1)
 
 # ==== 7. Checkpoints =========================================================
-
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     args = ep.parse_args(["--out", str(tmp_path / "new")])
     ep.write_file(args, "a", lambda file: file.write(b"old"))
@@ -609,8 +567,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def test_two_processes_one_of_them_killed_equal_one(tmp_path):
     """The whole program, on files and by restoration alone, so that both see the same batches: the
-    weights differ by rounding only, which AdamW enlarges where gradients are tiny. After the first
-    save a process kills itself, and torchrun starts both again."""
+    weights differ by rounding only, which AdamW enlarges where gradients are tiny. After a save
+    one of them kills itself, and torchrun starts both again."""
     (tmp_path / "images").mkdir()
     for i, x in enumerate(images(0, 9, 32)):
         torchvision.utils.save_image(x, tmp_path / "images" / f"{i}.png", normalize=True)
@@ -634,24 +592,6 @@ def test_two_processes_one_of_them_killed_equal_one(tmp_path):
     assert [r["step"] for r in two["log"]] == [1, 2, 3, 4]
     for name, value in one["pretrainer"].items():
         torch.testing.assert_close(two["pretrainer"][name], value, rtol=0.02, atol=2e-3)
-
-def test_a_killed_run_goes_on_and_a_failed_one_leaves_no_decoders(tmp_path):
-    """The same command again, after SIGKILL; workers must not keep the process from ending."""
-    for i in range(4):
-        Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
-    (tmp_path / "fails.py").write_text(
-        "import os, sys, energy_pretrain as ep; rate = ep.set_learning_rate\n"
-        "def set_learning_rate(args, optimizers, step):\n"
-        "    step != 4 or 'again' in sys.argv or os.kill(os.getpid(), 9)\n"
-        "    return rate(args, optimizers, step) if step < 6 else 1 / 0\n"
-        "ep.set_learning_rate = set_learning_rate\nep.main(sys.argv[2:])")
-    for word, status, said in (("first", -9, ""), ("again", 1, "going on after step 2")):
-        done = subprocess.run(
-            [sys.executable, str(tmp_path / "fails.py"), word, "--data", str(tmp_path), "--out",
-             str(tmp_path / "run"), *TINY, "--workers", "1", "--max-steps", "9", "--save-every",
-             "2"], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == status and said in done.stdout, done.stderr
-    assert "ZeroDivisionError" in done.stderr           # a bug keeps its traceback
 
 class RunsCode:
     """Pickles to a call: whoever unpickles it carelessly makes this folder."""
@@ -685,13 +625,12 @@ def test_checkpoints_that_do_not_serve_end_in_one_line_and_stay(tmp_path, capsys
             assert "damaged" in said and str(path) in said and path.read_bytes() == content
     for content in ({"weights": 1}, RunsCode(str(tmp_path / "canary"))):
         torch.save(content, path)
-        assert "no checkpoint.pt of this script" in one_line(capsys, base)
+        assert "no checkpoint of ours" in one_line(capsys, base)
     assert not (tmp_path / "canary").exists()
     path.write_bytes(whole)
     assert ep.main([*base, "--lr", "1e-4"])             # what a diverged run needs is free
 
 # ==== 8. Evaluation ==========================================================
-
 def perfect(energy):
     """A Pretrainer at alpha = 1 whose energy is this function of |x|^2 / 2."""
     pretrainer = ep.Pretrainer(tiny_vit(), 1.0)
@@ -705,33 +644,30 @@ def test_evaluate_measures_restoration():
     assert ep.psnr(x + 2, x) == pytest.approx(0) and ep.psnr(x + 0.2, x) == pytest.approx(20)
     still = ep.Pretrainer(tiny_vit(head=False), 1.0, num_steps=2)
     metrics, iterates = ep.evaluate(still, x, ["mim"], options, chunk=4)
-    row = metrics["mim"]
-    assert row["psnr_restored"] == [row["psnr_corrupted"]] * 2 and row["order"] == 0
-    assert row["psnr_corrupted_hidden"] == pytest.approx(row["psnr_corrupted"] - 3.0103, abs=1e-3)
-    assert row["psnr_restored_hidden"][0] == pytest.approx(row["psnr_corrupted_hidden"])
-    assert len(iterates["mim"]) == 3 and torch.equal(iterates["mim"][0], iterates["mim"][2])
+    row, (x_tilde, _, x_2) = metrics["mim"], iterates["mim"]
+    assert row["psnr_corrupted"] == row["psnr_step_1"] == row["psnr_step_2"] and row["order"] == 0
+    assert row["psnr_corrupted"] == pytest.approx(ep.psnr(x_tilde, x) - 3.0103, abs=1e-3)
+    assert torch.equal(x_tilde, x_2)                    # above: half of the pixels are hidden
     (row,) = ep.evaluate(perfect(lambda e: e), x, ["denoise"], {})[0].values()
-    assert row["psnr_restored"][0] == pytest.approx(ep.psnr(0 * x, x)) and row["order"] == 1
+    assert row["psnr_step_1"] == pytest.approx(ep.psnr(0 * x, x)) and row["order"] == 1
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_evaluate_measures_whether_low_energy_means_data(sign):
     """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer; or minus it."""
     x = torch.zeros(70, 3, 16, 16)
-    (row,) = ep.evaluate(perfect(lambda e: sign * e), x, ["denoise"], {"noise_std": 2.0})[0].values()
+    metrics, _ = ep.evaluate(perfect(lambda e: sign * e), x, ["denoise"], {"noise_std": 2.0})
+    row = metrics["denoise"]
     assert row["auroc"] == row["order"] == row["order_quarter"] == (sign == 1)
     assert row["energy_clean"] == 0 and row["energy_corrupted"] * sign > 1000
-    before, after = row["psnr_quarter"]
+    before, after = row["psnr_quarter"], row["psnr_step_quarter"]
     assert row["psnr_clean"] > 100 and before == pytest.approx(20 * 0.6021 / 2 + 6.02, abs=7)
     assert after > 100 if sign == 1 else after < before - 5
 
 def test_the_table_has_a_column_for_each_task_and_a_row_for_each_metric(capsys):
-    row = {"psnr_restored": [1.234, 20.5], "order": 0.5}
-    ep.print_table({"mim": row | {"psnr_restored_hidden": [3.0, 4.0]}, "sr": row})
-    head, *lines = capsys.readouterr().out.splitlines()[1:]
-    column = head.index("sr")
-    assert [(line[:column].split(), line[column:].split()) for line in lines] == [
-        (["psnr_restored", "1.23", "20.50"], ["1.23", "20.50"]), (["order", "0.50"], ["0.50"]),
-        (["psnr_restored_hidden", "3.00", "4.00"], [])]
+    ep.print_table({"mim": {"psnr_step_1": 1.234, "order": 0.5},
+                    "sr": {"psnr_step_1": 20.5, "order": 1.0}})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[1:]] == [
+        ["mim", "sr"], ["psnr_step_1", "1.23", "20.50"], ["order", "0.50", "1.00"]]
 
 def test_the_picture_shows_every_image_beside_its_name():
     x, iterates = torch.ones(2, 3, 16, 16), {"sr": [-torch.ones(3, 3, 16, 16)] * 3}
@@ -743,7 +679,6 @@ def test_the_picture_shows_every_image_beside_its_name():
         assert name.getextrema()[0] < 100
 
 # ==== 9. Pretraining =========================================================
-
 def test_a_run_leaves_its_weights_log_metrics_and_picture_and_evaluate_repeats_it(tmp_path, capsys):
     out = tmp_path / "run"
     metrics = ep.main([*TINY, "--restore-steps", "2", "--out", str(out)])
@@ -751,15 +686,16 @@ def test_a_run_leaves_its_weights_log_metrics_and_picture_and_evaluate_repeats_i
     assert sorted(path.name for path in out.iterdir()) == [
         "backbone.pt", "checkpoint.pt", "log.jsonl", "metrics.json", "restorations.png"]
     assert list(metrics) == ep.TASKS and metrics == json.loads((out / "metrics.json").read_text())
-    assert len(metrics["sr"]["psnr_restored"]) == 2
-    assert "minutes left" in printed and "step 1" in printed and "evaluating on 12 images" in printed
+    assert "psnr_step_2" in metrics["sr"]
+    for word in ("minutes left", "step 1", "evaluating on 12 images"):
+        assert word in printed
     record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
     assert record["step"] == 4 and record.keys() == {
         "step", "loss", "gradient_norm", "lr", "images_per_second"}
     state = ep.build_model("nano", 16).state_dict()
     state.pop("head.weight")
     assert torch.load(out / "backbone.pt").keys() == state.keys()
-    assert Image.open(out / "restorations.png").size == (8 * 100 + 124, 5 * 4 * 100 + 4)
+    assert Image.open(out / "restorations.png").size == (8 * 100 + 124, 400 * len(ep.TASKS) + 4)
     assert ep.main(["--evaluate", "--device", "cpu", "--out", str(out)]) == metrics
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")     # restores one's own picture
     ep.main(["--evaluate", "--device", "cpu", "--data", str(tmp_path / "photo.jpg"), "--out",
@@ -804,23 +740,15 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
                        str(tmp_path), "--batch-size", "8", "--max-steps", "60", "--eval-images",
                        "64"])
     for row in metrics.values():
-        assert row["psnr_restored"][0] > row["psnr_corrupted"] + 1.5, row
+        assert row["psnr_step_1"] > row["psnr_corrupted"] + 1.5, row
         assert row["order"] > 0.95 and row["auroc"] > 0.8, row
 
-def test_evaluation_takes_at_most_a_tenth_of_the_run(tmp_path):
-    args = ep.parse_args(["--device", "cpu"])
-    assert ep.held_out_count(args, None, 256, 100) == 256            # of 48,000 images trained on
-    args = ep.parse_args(["--device", "cpu", "--max-steps", "2"])
-    assert ep.held_out_count(args, None, 256, 100) == 8
-    assert ep.held_out_count(args, [1, 2, 3], 256, 100) == 3
-
 # ==== 10. Use of the weights =================================================
-
 def class_folders(folder):
     for i in range(40):
         (folder / f"kind{i % 2}").mkdir(exist_ok=True)
-        Image.effect_noise((20, 20), 60).point(lambda v: v // 2 + 100 * (i % 2)).convert("RGB").save(
-            folder / f"kind{i % 2}" / f"{i:02}.png")
+        noise = Image.effect_noise((20, 20), 60).point(lambda v: v // 2 + 100 * (i % 2))
+        noise.convert("RGB").save(folder / f"kind{i % 2}" / f"{i:02}.png")
 
 @pytest.mark.parametrize("freeze", [[], ["--freeze"]])
 def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, freeze):
@@ -834,7 +762,7 @@ def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, freez
     assert metrics["accuracy"] == 1 == json.loads((tmp_path / "fine/metrics.json").read_text())[
         "accuracy"]
     after = torch.load(tmp_path / "fine" / "classifier.pt", weights_only=True)
-    same = [torch.equal(after[name], value) for name, value in before.items() if name in after]
+    same = [torch.equal(after[name.replace("model", "0")], value) for name, value in before.items()]
     assert all(same) if freeze else sum(same) < len(same) / 4
 
 def test_finetune_from_scratch_takes_labels_of_landscapes_and_refuses_a_single_class(
@@ -846,13 +774,13 @@ def test_finetune_from_scratch_takes_labels_of_landscapes_and_refuses_a_single_c
     assert "needs a folder for each of its classes" in said
 
 # ==== 11. Command line =======================================================
-
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "jigsaw"], "--task jigsaw: choose from mim, sort"),
     (["--model", "resnet19"], "--model resnet19 at 16 pixels: Unknown model resnet19"),
+    (["--model", "squeezenet1_0"], "at 16 pixels: this network does not end in a linear layer"),
     (["--model", "mobilenet_v3_small"], "mobilenet_v3_small at 16 pixels: derivative for"),
     (["--model", "vit_b_32"], "--model vit_b_32 at 16 pixels: Input shape indivisible by patch"),
-    (["--image-size", "18", "--task", "denoise"], "--model nano at 18 pixels: "),
+    (["--image-size", "18", "--task", "denoise"], "--patch-size 4: must be above 1 and divide"),
     (["--sr-factor", "5"], "--sr-factor 5: must be above 1 and divide"),
     (["--sort-grid", "1"], "--sort-grid 1: must be above 1 and divide"),
     (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
@@ -861,14 +789,13 @@ def test_finetune_from_scratch_takes_labels_of_landscapes_and_refuses_a_single_c
     (["--max-steps", "0"], "--max-steps 0: too small"),
     (["--seed", "-1"], "--seed -1: too small"),
     (["--epochs", "2"], "--epochs 2.0: is for --data"),
-    (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two or more"),
+    (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two"),
     (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
-    (["--device", "cuda:x"], "--device cuda:x"),
-    (["--device", "tpu"], "--device tpu: give cpu, cuda or mps"),
+    (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     (["--freeze"], "--freeze True: is for --finetune"),
     (["--data", "/no/such/folder"], "--data /no/such/folder: no image there"),
-    (["--evaluate"], "no checkpoint there"),
-    (["--init", "nothing.pt"], "nothing.pt: no checkpoint there"),
+    (["--evaluate"], "checkpoint.pt: missing"),
+    (["--init", "nothing.pt"], "nothing.pt: missing"),
     (["--init", "a.pt", "--finetune", "scratch"], "not allowed with argument"),
     (["--out", "x" * 300], "File name too long"),
     (["--nonsense"], "unrecognized arguments: --nonsense")])
@@ -879,61 +806,58 @@ def test_processes_share_the_batch_and_finetuning_takes_one(monkeypatch, capsys)
     monkeypatch.setattr(ep, "WORLD_SIZE", 3)
     assert "must be a multiple of the 3 processes" in one_line(capsys, TINY)
     assert "takes one process" in one_line(capsys, [*TINY, "--finetune", "scratch"])
-    assert "give cpu, cuda or mps" in one_line(capsys, ["--device", "cuda:1"])
 
-@pytest.mark.parametrize("error, status, said", [
-    (torch.OutOfMemoryError("CUDA out of memory"), 2, "error: out of memory"),
-    (torch._dynamo.exc.InternalTorchDynamoError("g++"), 2, "error: --compile fails (Internal"),
-    (KeyboardInterrupt(), 1, "goes on if the same command")])
-@pytest.mark.parametrize("where", ["train", "freeze_unused"])
-def test_what_is_no_bug_is_said_in_one_line(capsys, monkeypatch, error, status, said, where):
+@pytest.mark.parametrize("error, message", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory"),
+    (torch._dynamo.exc.InternalTorchDynamoError("g++"), "error: --compile fails (Internal")])
+def test_what_the_machine_lacks_is_said_in_one_line(capsys, monkeypatch, error, message):
     def fails(*args):
         raise error
-    monkeypatch.setattr(ep, where, fails)
-    with pytest.raises(SystemExit) as stop:
-        ep.main(TINY)
-    if isinstance(error, KeyboardInterrupt):
-        assert said in stop.value.code                  # Python prints it, with status 1
-    elif where == "train" or status == 2 and "memory" in said:
-        assert stop.value.code == 2 and said in capsys.readouterr().err
+    monkeypatch.setattr(ep, "train", fails)
+    assert message in one_line(capsys, TINY)
 
 def test_defaults_follow_the_device_the_network_the_data_and_the_image_size(tmp_path):
-    cpu, gpu = ep.parse_args(["--device", "cpu"]), ep.parse_args(["--device", "cuda"])
-    assert (cpu.model, cpu.max_steps, cpu.epochs, cpu.out) == ("nano", 1500, None, "runs/all")
-    assert (gpu.model, gpu.max_steps, gpu.epochs, gpu.compile) == ("small", 2000, None, True)
-    assert cpu.task == "mim,sort,sr,denoise,color"
-    expected = {"restore_steps": 1, "alpha": 256, "order_weight": 0.007, "partial_share": 0.1,
-                "mask_ratio": 0.5, "sr_factor": 4, "noise_std": 0.5, "weight_decay": 0.05, "seed": 0,
-                "batch_size": 32, "lr": 8.5e-3, "save_every": 100, "augment": True}
-    assert vars(cpu).items() >= expected.items()
-    assert {name: ep.VIT_SIZES[name] for name in ("tiny", "small", "base", "large")} == {
-        "tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
-    folder = ep.parse_args(["--device", "cuda", "--data", str(tmp_path)])
-    assert folder.epochs == 100
-    typed = ep.parse_args(["--device", "cuda", "--data", str(tmp_path), "--max-steps", "7"])
-    assert (typed.max_steps, typed.epochs) == (7, None)
+    def parsed(names, *typed):
+        args = vars(ep.parse_args(typed))
+        return tuple(args[name] for name in names.split())
+    on_cpu, on_gpu, data = ("--device", "cpu"), ("--device", "cuda"), ("--data", str(tmp_path))
+    assert parsed("model batch_size lr max_steps epochs save_every compile", *on_cpu) == (
+        "nano", 32, 8.5e-3, 1500, None, 100, False)
+    assert parsed("model max_steps epochs compile", *on_gpu) == ("small", 2000, None, True)
+    assert parsed("mask_ratio sr_factor noise_std restore_steps seed") == (0.5, 4, 0.5, 1, 0)
+    assert parsed("alpha order_weight partial_share weight_decay") == (256, 0.007, 0.1, 0.05)
+    assert parsed("task out augment") == (",".join(ep.TASKS), "runs/all", True)
+    assert [ep.VIT_SIZES[name] for name in ("tiny", "small", "base", "large")] == [
+        (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16)]
+    assert parsed("epochs", *on_gpu, *data) == (100,)
+    assert parsed("max_steps epochs", *on_gpu, *data, "--max-steps", "7") == (7, None)
+    assert parsed("eval_images", *on_cpu) == (256,)
+    assert parsed("eval_images", *on_cpu, "--max-steps", "2") == (8,)    # a tenth of the time
     for name, rate in (("mini", 1), ("swin_t", 1), ("vit_b_16", 1), ("resnet18", 0.1)):
-        assert ep.parse_args(["--device", "cpu", "--model", name]).lr == pytest.approx(8.5e-3 * rate)
-    assert ep.parse_args(["--model", "resnet18", "--lr", "1"]).lr == 1
-    for args, patch, mask, sort in ((cpu, 4, 8, 4), (gpu, 16, 7, 7)):   # whole patches
-        assert (args.patch_size, args.mask_grid, args.sort_grid) == (patch, mask, sort)
-    fine = ep.parse_args(["--finetune", "scratch", "--device", "cpu"])
-    assert (fine.out, fine.max_steps, fine.lr) == ("runs/scratch", 600, 2e-3)
-    assert ep.parse_args(["--finetune", "scratch", "--freeze", "--device", "cpu"]).lr == 3.5e-2
-    spelled = ep.parse_args(["--data", str(tmp_path) + "/../" + tmp_path.name])
-    assert spelled.data == os.path.realpath(tmp_path)
+        assert parsed("lr", *on_cpu, "--model", name) == (pytest.approx(8.5e-3 * rate),)
+    assert parsed("lr", "--model", "resnet18", "--lr", "1") == (1,)
+    for device, whole_patches in ((on_cpu, (4, 8, 4)), (on_gpu, (16, 7, 7))):
+        assert parsed("patch_size mask_grid sort_grid", *device) == whole_patches
+    fine = ("--finetune", "scratch", *on_cpu)
+    assert parsed("out max_steps lr", *fine) == ("runs/scratch", 600, 2e-3)
+    assert parsed("lr", *fine, "--freeze") == (3.5e-2,)
+    spelled = parsed("data", "--data", f"{tmp_path}/../{tmp_path.name}")
+    assert spelled == (os.path.realpath(tmp_path),)
 
 def test_help_names_both_devices_defaults(capsys):
     with pytest.raises(SystemExit):
         ep.main(["--help"])
     assert f"Defaults on a CPU: {ep.CPU}" in " ".join(capsys.readouterr().out.split())
 
-def test_importing_the_script_does_nothing(capsys):
-    runpy.run_path(SCRIPT, run_name="imported")
-    assert capsys.readouterr() == ("", "")
+def test_the_readme_says_where_each_section_is():
+    script, readme = Path(SCRIPT).read_text(), Path(SCRIPT).with_name("README.md").read_text()
+    starts = [i for i, line in enumerate(script.splitlines(), 1) if line.startswith("# ====")]
+    titles = re.findall(r"# ==== (\d+)\. (.*) =+\n", script)
+    ends = [start - 1 for start in starts[1:]] + [script.count("\n")]
+    for (number, title), start, end in zip(titles, starts, ends, strict=True):
+        assert f"| {number} {title} | {start}-{end} |" in readme
 
 # ==== Benchmark ==============================================================
-
 def benchmark(model="tiny", image_size=32, batch_size=8, repetitions=10):
     """Print the time of training steps side by side: the medians of alternating repetitions."""
     device = ep.join_processes("cuda" if torch.cuda.is_available() else "cpu")
@@ -959,5 +883,28 @@ def benchmark(model="tiny", image_size=32, batch_size=8, repetitions=10):
     for name, value in median.items():
         print(f"{name:<24}{value * 1e3:9.1f} ms{value / median['supervised, compiled']:7.2f}")
 
+def energy_curves(out="runs/all"):
+    """Draw OUT/energies.png: the mean energy of 64 held-out images (red) from clean to corrupted,
+    over |x_tilde - x|^2 / (2 alpha); if every step restored perfectly, a parabola (grey)."""
+    args = ep.parse_args(["--evaluate", "--out", out])
+    device = ep.join_processes(args.device)
+    pairs, held_out, _ = ep.open_data(args)
+    pretrainer = ep.build_pretrainer(args, pairs, device).requires_grad_(False)
+    x, _ = next(ep.image_batches(args, held_out, device, 64, [0], "held out"))
+    picture, strengths = Image.new("RGB", (1000, 230), "white"), torch.linspace(0, 1, 21).tolist()
+    draw = ImageDraw.Draw(picture)
+    for i, task in enumerate(args.task.split(",")):
+        x_tilde = ep.corrupt(x, task, ep.make_generator(device, "curves", task), vars(args))
+        ideal = (x_tilde - x).square().flatten(1).sum(1).mean() / (2 * pretrainer.alpha)
+        energies = [pretrainer.model(x.lerp(x_tilde, s)).mean() for s in strengths]
+        def curve(heights, **style):
+            draw.line([(20 + 195 * i + 170 * s, 195 - 170 * float(h))
+                       for s, h in zip(strengths, heights)], **style)
+        curve([0] * 21, fill="black")
+        curve([s**2 for s in strengths], fill="grey", width=2)
+        curve([(energy - energies[0]) / ideal for energy in energies], fill="firebrick", width=3)
+        draw.text((20 + 195 * i, 205), f"{task}: clean ... corrupted", fill="black")
+    picture.save(os.path.join(out, "energies.png"))
+
 if __name__ == "__main__":
-    benchmark()
+    energy_curves(*sys.argv[2:]) if "curves" in sys.argv else benchmark()
