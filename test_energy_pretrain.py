@@ -151,8 +151,8 @@ def test_positions_are_alike_where_they_are_near():
     assert error.mean() < 0.1 and error.max() < 0.5, error
 
 @pytest.mark.parametrize("name, frozen", [
-    ("nano", []), ("resnet18", []), ("convnext_tiny", ["net.classifier.0.bias"]), ("swin_t", ["net.norm.bias"]),
-    ("vit_of_a_test", ["net.encoder.ln.bias"])])
+    ("nano", []), ("resnet18", []), ("convnext_tiny", ["net.classifier.0.bias"]),
+    ("swin_t", ["net.norm.bias"]), ("vit_of_a_test", ["net.encoder.ln.bias"])])
 def test_all_networks_train_through_their_gradient(name, frozen, monkeypatch):
     if name.startswith("vit"):      # torchvision's smallest has 86 million parameters
         monkeypatch.setattr(torchvision.models, "get_model", lambda name, weights, image_size:
