@@ -49,14 +49,14 @@ class UserError(Exception):
 
 # ==== 1. Corruptions =================================================
 # Five verbs of one signature. A sixth task is one more, and its name in CORRUPTIONS.
-def hide_blocks(x, generator, mask_ratio=0.5, mask_grid=8, **_):
+def hide_blocks(x, generator, mask_ratio, mask_grid, **_):
     """Masked image modelling: paint round(mask_ratio * M) of M = mask_grid^2 blocks grey."""
     B, M, block = len(x), mask_grid**2, x.shape[2] // mask_grid
     order = torch.rand(B, M, generator=generator, device=x.device).argsort(1)
     mask = (order < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
     return x.masked_fill(mask.repeat_interleave(block, 2).repeat_interleave(block, 3), 0)
 
-def shuffle_patches(x, generator, sort_grid=4, **_):
+def shuffle_patches(x, generator, sort_grid, **_):
     """Patch sorting: permute sort_grid x sort_grid pieces."""
     side = x.shape[2] // sort_grid
     pieces = F.pixel_unshuffle(x, side).flatten(2)     # (B, C*side*side, M)
@@ -64,12 +64,12 @@ def shuffle_patches(x, generator, sort_grid=4, **_):
     pieces = pieces.gather(2, order.unsqueeze(1).expand_as(pieces))
     return F.pixel_shuffle(pieces.unflatten(2, (sort_grid, sort_grid)), side)
 
-def lower_resolution(x, generator, sr_factor=4, **_):
+def lower_resolution(x, generator, sr_factor, **_):
     """Super-resolution: average squares of sr_factor pixels, and enlarge again."""
     small = F.avg_pool2d(x, sr_factor)                 # (B, C, S/factor, S/factor)
     return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
 
-def add_noise(x, generator, noise_std=0.5, **_):
+def add_noise(x, generator, noise_std, **_):
     """Denoising: add Gaussian noise, not clipped, or it would no longer be Gaussian."""
     noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     return x + noise_std * noise

@@ -42,8 +42,10 @@ def tiny_vit(seed=0, head=True, depth=2):
         torch.nn.init.normal_(model.head.weight)
     return model
 
+OPTIONS = {"mask_ratio": 0.5, "mask_grid": 4, "sort_grid": 4, "sr_factor": 4, "noise_std": 0.5}
+
 def corrupted(x, task, seed, **options):
-    return ep.corrupt(x, task, ep.make_generator("cpu", seed), {"mask_grid": 4, **options})
+    return ep.corrupt(x, task, ep.make_generator("cpu", seed), OPTIONS | options)
 
 def pieces(x, side):
     """Images (B, C, S, S) as square pieces (B, M, C*side*side)."""
@@ -292,7 +294,7 @@ def test_corrupt_batch_deals_the_tasks_in_turn_and_corrupts_the_first_in_part(
     """Two processes with half a batch each deal as one does, if the second begins later."""
     chosen, x = ep.TASKS[:count], images(seed, batch).clamp(0.1, 1)
     generator = ep.make_generator("cpu", seed)
-    x_tilde, num_partial = ep.corrupt_batch(x, chosen, generator, {"mask_grid": 4}, turn, 0.25)
+    x_tilde, num_partial = ep.corrupt_batch(x, chosen, generator, OPTIONS, turn, 0.25)
     assert num_partial == -(-batch // 4) and x_tilde.shape == x.shape
     for i in range(num_partial, batch):
         task = chosen[(turn + i) % count]
@@ -343,21 +345,18 @@ def test_a_generator_follows_from_its_key(key):
     assert (ep.RANK, ep.LOCAL_RANK, ep.WORLD_SIZE) == (0, 0, 1)    # without torchrun
 
 # ==== 5. Data ================================================================
-@given(seeds, st.integers(1, 5), st.sampled_from([16, 31, 64]))
-def test_landscapes_are_images_and_follow_from_the_seed(seed, batch, size):
-    x, kind = ep.draw_landscapes(batch, size, ep.make_generator("cpu", seed))
-    again, _ = ep.draw_landscapes(batch, size, ep.make_generator("cpu", seed))
-    assert x.shape == (batch, 3, size, size) and kind.shape == (batch,) and torch.equal(x, again)
-    assert x.min() >= -1 and x.max() <= 1 and x.flatten(1).std(1).min() > 0.1
-    assert 0 <= kind.min() and kind.max() < 4
+@pytest.mark.parametrize("size", [16, 31, 64])
+def test_landscapes_are_images_of_any_size(size):
+    x, kind = ep.draw_landscapes(64, size, ep.make_generator("cpu", size))
+    assert x.shape == (64, 3, size, size) and -1 <= x.min() and x.max() <= 1
+    assert x.flatten(1).std(1).min() > 0.1 and kind.unique().tolist() == [0, 1, 2, 3]
 
 def test_landscapes_are_those_that_the_readmes_figures_were_measured_on():
     x, kind = ep.draw_landscapes(64, 24, ep.make_generator("cpu", 0))
     right, down = torch.linspace(-1, 1, 24), torch.linspace(-1, 1, 24).view(-1, 1)
-    torch.testing.assert_close(torch.stack([*x.mean((0, 2, 3)), x.std(), (x * right).mean(),
-                                            (x * down).mean()]), torch.tensor(
-        [-0.103097, -0.111182, -0.196050, 0.400237, -0.004598, -0.086577]),
-                               rtol=0, atol=2e-5)
+    found = [*x.mean((0, 2, 3)), x.std(), (x * right).mean(), (x * down).mean()]
+    assert torch.stack(found).tolist() == pytest.approx(
+        [-0.103097, -0.111182, -0.196050, 0.400237, -0.004598, -0.086577], abs=2e-5)
     assert torch.bincount(kind).tolist() == [20, 16, 13, 15]
 
 def test_every_use_step_and_process_has_its_own_landscapes():
@@ -536,9 +535,6 @@ def saved(out):
         record.pop("images_per_second")
     return checkpoint
 
-class PowerCut(Exception):
-    """What no line of the script expects."""
-
 @pytest.mark.parametrize("data", ["procedural", "folder"])
 def test_going_on_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkeypatch, capsys):
     (tmp_path / "images").mkdir()
@@ -549,10 +545,10 @@ def test_going_on_equals_never_having_stopped_bit_for_bit(tmp_path, data, monkey
     save = ep.save_checkpoint
     def save_and_stop(*inputs):
         save(*inputs)
-        raise PowerCut
+        raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(ep, "save_checkpoint", save_and_stop)
-        with pytest.raises(PowerCut):
+        with pytest.raises(KeyboardInterrupt):
             ep.main([*base, "--out", str(tmp_path / "parts")])
     ep.main([*base, "--out", str(tmp_path / "parts")])
     assert "going on after step 2" in capsys.readouterr().out
@@ -593,13 +589,6 @@ def test_two_processes_one_of_them_killed_equal_one(tmp_path):
     for name, value in one["pretrainer"].items():
         torch.testing.assert_close(two["pretrainer"][name], value, rtol=0.02, atol=2e-3)
 
-class RunsCode:
-    """Pickles to a call: whoever unpickles it carelessly makes this folder."""
-    def __init__(self, path):
-        self.path = path
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
 def one_line(capsys, arguments):
     """What main prints when it refuses; UserErrors are one line and status 2."""
     capsys.readouterr()
@@ -612,7 +601,7 @@ def one_line(capsys, arguments):
 def test_checkpoints_that_do_not_serve_end_in_one_line_and_stay(tmp_path, capsys):
     base, path = [*TINY, "--task", "mim", "--out", str(tmp_path)], tmp_path / "checkpoint.pt"
     ep.main(base)
-    whole = path.read_bytes()
+    whole, loaded = path.read_bytes(), torch.load(path)
     assert "mask_ratio 0.5, not 0.75" in one_line(capsys, [*base, "--mask-ratio", "0.75"])
     assert "Error(s) in loading" in one_line(capsys, [*base, "--evaluate", "--model", "mini"])
     assert path.read_bytes() == whole
@@ -623,10 +612,9 @@ def test_checkpoints_that_do_not_serve_end_in_one_line_and_stay(tmp_path, capsys
         for more in ([], ["--evaluate"]):
             said = one_line(capsys, [*base, *more])
             assert "damaged" in said and str(path) in said and path.read_bytes() == content
-    for content in ({"weights": 1}, RunsCode(str(tmp_path / "canary"))):
+    for content in ({"weights": 1}, loaded | {"log": Path("unpickles to a call")}):
         torch.save(content, path)
         assert "no checkpoint of ours" in one_line(capsys, base)
-    assert not (tmp_path / "canary").exists()
     path.write_bytes(whole)
     assert ep.main([*base, "--lr", "1e-4"])             # what a diverged run needs is free
 
@@ -640,22 +628,22 @@ def perfect(energy):
 
 def test_evaluate_measures_restoration():
     """With E = 0 a step stays where it is; with E = |x|^2 / 2 and alpha = 1 it ends at zero."""
-    x, options = images(0, 6), {"mask_grid": 4}
+    x = images(0, 6)
     assert ep.psnr(x + 2, x) == pytest.approx(0) and ep.psnr(x + 0.2, x) == pytest.approx(20)
     still = ep.Pretrainer(tiny_vit(head=False), 1.0, num_steps=2)
-    metrics, iterates = ep.evaluate(still, x, ["mim"], options, chunk=4)
+    metrics, iterates = ep.evaluate(still, x, ["mim"], OPTIONS, chunk=4)
     row, (x_tilde, _, x_2) = metrics["mim"], iterates["mim"]
     assert row["psnr_corrupted"] == row["psnr_step_1"] == row["psnr_step_2"] and row["order"] == 0
     assert row["psnr_corrupted"] == pytest.approx(ep.psnr(x_tilde, x) - 3.0103, abs=1e-3)
     assert torch.equal(x_tilde, x_2)                    # above: half of the pixels are hidden
-    (row,) = ep.evaluate(perfect(lambda e: e), x, ["denoise"], {})[0].values()
+    (row,) = ep.evaluate(perfect(lambda e: e), x, ["denoise"], OPTIONS)[0].values()
     assert row["psnr_step_1"] == pytest.approx(ep.psnr(0 * x, x)) and row["order"] == 1
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_evaluate_measures_whether_low_energy_means_data(sign):
     """Clean is x = 0 and E = |x|^2 / 2, the energy of a perfect restorer; or minus it."""
     x = torch.zeros(70, 3, 16, 16)
-    metrics, _ = ep.evaluate(perfect(lambda e: sign * e), x, ["denoise"], {"noise_std": 2.0})
+    metrics, _ = ep.evaluate(perfect(lambda e: sign * e), x, ["denoise"], {"noise_std": 2})
     row = metrics["denoise"]
     assert row["auroc"] == row["order"] == row["order_quarter"] == (sign == 1)
     assert row["energy_clean"] == 0 and row["energy_corrupted"] * sign > 1000
@@ -670,7 +658,8 @@ def test_the_table_has_a_column_for_each_task_and_a_row_for_each_metric(capsys):
         ["mim", "sr"], ["psnr_step_1", "1.23", "20.50"], ["order", "0.50", "1.00"]]
 
 def test_the_picture_shows_every_image_beside_its_name():
-    x, iterates = torch.ones(2, 3, 16, 16), {"sr": [-torch.ones(3, 3, 16, 16)] * 3}
+    x = 3 * torch.ones(2, 3, 16, 16)                # beyond [-1, 1]: white, and below black
+    iterates = {"sr": [-x] * 3}
     picture = ep.draw_picture(x, iterates)
     assert picture.size == (120 + 2 * 100 + 4, 4 * 100 + 4)     # clean, corrupted, two restored
     for row, colour in enumerate([255, 0, 0, 0]):
@@ -827,8 +816,8 @@ def test_defaults_follow_the_device_the_network_the_data_and_the_image_size(tmp_
     assert parsed("mask_ratio sr_factor noise_std restore_steps seed") == (0.5, 4, 0.5, 1, 0)
     assert parsed("alpha order_weight partial_share weight_decay") == (256, 0.007, 0.1, 0.05)
     assert parsed("task out augment") == (",".join(ep.TASKS), "runs/all", True)
-    assert [ep.VIT_SIZES[name] for name in ("tiny", "small", "base", "large")] == [
-        (192, 12, 3), (384, 12, 6), (768, 12, 12), (1024, 24, 16)]
+    assert list(ep.VIT_SIZES.values()) == [(96, 2, 3), (96, 4, 3), (192, 12, 3), (384, 12, 6),
+                                           (768, 12, 12), (1024, 24, 16)]
     assert parsed("epochs", *on_gpu, *data) == (100,)
     assert parsed("max_steps epochs", *on_gpu, *data, "--max-steps", "7") == (7, None)
     assert parsed("eval_images", *on_cpu) == (256,)
