@@ -42,7 +42,7 @@ def tiny_vit(seed=0, head=True, depth=2):
         torch.nn.init.normal_(model.head.weight)
     return model
 
-OPTIONS = {"mask_ratio": 0.5, "mask_grid": 4, "sort_grid": 4, "sr_factor": 4, "noise_std": 0.5}
+OPTIONS = vars(ep.parse_args([])) | {"mask_grid": 4}
 
 def corrupted(x, task, seed, **options):
     return ep.corrupt(x, task, ep.make_generator("cpu", seed), OPTIONS | options)
