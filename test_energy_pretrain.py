@@ -726,7 +726,7 @@ def test_a_diverging_run_stops_in_one_line_and_keeps_the_checkpoint(tmp_path, ca
 
 def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
     metrics = ep.main(["--task", "mim,denoise", "--image-size", "16", "--device", "cpu", "--out",
-                       str(tmp_path), "--batch-size", "8", "--max-steps", "60", "--eval-images",
+                       str(tmp_path), "--batch-size", "8", "--max-steps", "40", "--eval-images",
                        "64"])
     for row in metrics.values():
         assert row["psnr_step_1"] > row["psnr_corrupted"] + 1.5, row
