@@ -460,7 +460,7 @@ def build_optimizers(module, weight_decay):
 def set_learning_rate(args, optimizers, step):
     """Of step 1 ... max_steps: linear warm-up to args.lr, then half a cosine to zero."""
     warmup = args.max_steps // 20 if args.warmup_steps is None else args.warmup_steps
-    done = max(0, step - warmup) / max(1, args.max_steps + 1 - warmup)
+    done = (step - warmup) / max(1, args.max_steps + 1 - warmup)
     rate = args.lr * (step / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2)
     for optimizer in optimizers:
         for group in optimizer.param_groups:

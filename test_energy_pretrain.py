@@ -403,8 +403,11 @@ def test_photographs_are_turned_upright_and_large_jpegs_decoded_small(tmp_path):
     image.paste((255, 255, 255), (0, 0, 200, 200))      # its left half is white
     exif[274] = 6                                       # the camera was held on its side
     image.save(tmp_path / "turned.jpg", exif=exif)
-    pixels, _ = ep.Crops([(str(tmp_path / "turned.jpg"), 0)], 16, False)[0, 0]
+    crops = ep.Crops([(str(tmp_path / "turned.jpg"), 0)], 16, False)
+    pixels, _ = crops[0, 0]
     assert pixels[:, 0].min() > 240 and pixels[:, -1].max() < 15       # now the upper half is
+    crops.crop = lambda image: image.size
+    assert max(crops[0, 0][0]) < 200
 
 @pytest.mark.parametrize("fault", ["cut", "16 bits", "float"])
 def test_in_place_of_an_unusable_file_come_others_drawn_at_random(tmp_path, capsys, fault):
@@ -795,6 +798,14 @@ def test_processes_share_the_batch_and_finetuning_takes_one(monkeypatch, capsys)
     monkeypatch.setattr(ep, "WORLD_SIZE", 3)
     assert "must be a multiple of the 3 processes" in one_line(capsys, TINY)
     assert "takes one process" in one_line(capsys, [*TINY, "--finetune", "scratch"])
+    monkeypatch.setattr(ep, "LOCAL_RANK", 99)
+    said = one_line(capsys, ["--device", "cuda", "--batch-size", "3"])
+    assert "cuda:99: not on this machine" in said
+
+def test_what_a_decoding_process_cannot_use_is_one_line_too(tmp_path, capsys):
+    Image.new("F", (20, 20)).save(tmp_path / "float.tif")
+    said = one_line(capsys, [*TINY, "--workers", "1", "--data", str(tmp_path)])
+    assert f"error: {tmp_path}/float.tif cannot be used" in said
 
 @pytest.mark.parametrize("error, message", [
     (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory"),
