@@ -42,6 +42,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 
 class UserError(Exception):
@@ -443,6 +444,12 @@ def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_siz
         yield x.to(device, non_blocking=True) / 127.5 - 1, labels.to(device, non_blocking=True)
 
 # ==== 6. Optimisers and schedule =====================================
+class WithoutBfloat16(TorchFunctionMode):
+    """torch's Muon computes in bfloat16. Most CPUs emulate it, some twenty times slower."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        emulated = function is torch.Tensor.bfloat16 and args[0].device.type == "cpu"
+        return args[0].clone() if emulated else function(*args, **(kwargs or {}))
+
 def build_optimizers(module, weight_decay):
     """[AdamW, Muon]. Muon (Jordan et al., 2024), for the matrices of attention and MLPs, turns
     momentum into roughly the nearest orthogonal matrix: all directions move equally far.
@@ -457,14 +464,17 @@ def build_optimizers(module, weight_decay):
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common), torch.optim.Muon(
         [{"params": inner}], momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
 
-def set_learning_rate(args, optimizers, step):
-    """Of step 1 ... max_steps: linear warm-up to args.lr, then half a cosine to zero."""
-    warmup = args.max_steps // 20 if args.warmup_steps is None else args.warmup_steps
-    done = (step - warmup) / max(1, args.max_steps + 1 - warmup)
+def update_parameters(args, optimizers, step):
+    """Take step 1 ... max_steps, after loss.backward(), and return its learning rate: linear
+    in the first twentieth, up to args.lr, then half a cosine to zero."""
+    warmup = args.max_steps // 20
+    done = (step - warmup) / (args.max_steps + 1 - warmup)
     rate = args.lr * (step / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
+        with WithoutBfloat16():
+            optimizer.step()
     return rate
 
 # ==== 7. Checkpoints =================================================
@@ -528,9 +538,9 @@ def psnr(y, x):
 @torch.no_grad()
 def evaluate(pretrainer, x, tasks, options, chunk=32):
     """Corrupt and restore images x (M, 3, S, S): {task: {metric: value}}, {task: iterates}.
-    psnr_corrupted, and psnr_step_k after each restoration step: of all pixels, for mim of the
-    hidden ones. psnr_clean: of a clean image after a step. *_quarter: of images corrupted by a
-    quarter. order: share of images lower clean than corrupted; auroc: of all pairs of images."""
+    psnr_clean: of a clean image after a step. psnr_corrupted, and psnr_step_k after each
+    restoration step: of all pixels, for mim of the hidden ones. order: share of images lower
+    clean than corrupted; order_quarter: than a quarter corrupted; auroc: of all pairs."""
     model, metrics, iterates = pretrainer.model, {}, {}
     def energy(y):  # (M,)
         return torch.cat([model(part) for part in y.split(chunk)])
@@ -540,18 +550,16 @@ def evaluate(pretrainer, x, tasks, options, chunk=32):
     clean, psnr_clean = energy(x), psnr(steps(x)[0], x)
     for task in tasks:
         x_tilde = corrupt(x, task, make_generator(x.device, "evaluate", task), options)
-        quarter, corrupted = x.lerp(x_tilde, 0.25), energy(x_tilde)
+        corrupted, quarter = energy(x_tilde), energy(x.lerp(x_tilde, 0.25))
         iterates[task] = [x_tilde, *steps(x_tilde, pretrainer.num_steps)]
         seen = x_tilde != x if task == "mim" else torch.ones_like(x, dtype=torch.bool)
         values = [psnr(x_k[seen], x[seen]) for x_k in iterates[task]]
         metrics[task] = {
-            "psnr_corrupted": values[0],
+            "psnr_clean": psnr_clean, "psnr_corrupted": values[0],
             **{f"psnr_step_{k}": value for k, value in enumerate(values[1:], 1)},
-            "psnr_clean": psnr_clean, "psnr_quarter": psnr(quarter, x),
-            "psnr_step_quarter": psnr(steps(quarter)[0], x),
             "energy_clean": clean.mean().item(), "energy_corrupted": corrupted.mean().item(),
             "order": (clean < corrupted).float().mean().item(),
-            "order_quarter": (clean < energy(quarter)).float().mean().item(),
+            "order_quarter": (clean < quarter).float().mean().item(),
             "auroc": (clean[:, None] < corrupted).float().mean().item()}
     return metrics, iterates
 
@@ -614,9 +622,7 @@ def train(args, pretrainer, pairs, device):
         pretrainer.zero_grad()
         loss.backward()  # back through dE/dx; DistributedDataParallel averages
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
-        rate = set_learning_rate(args, optimizers, step)
-        for optimizer in optimizers:
-            optimizer.step()
+        rate = update_parameters(args, optimizers, step)
         save = step % args.save_every == 0 or step == args.max_steps
         if save or step % 50 == 0 or step == 1:
             if not math.isfinite(loss.item() + norm.item()):
@@ -645,9 +651,8 @@ def pretrain(args, device):
     with autocast(device):
         metrics, iterates = evaluate(pretrainer, x, args.task.split(","), vars(args))
     print_table(metrics)
-    picture = draw_picture(x[:8], iterates)
     write_file(args, "metrics.json", lambda f: f.write(json.dumps(metrics, indent=1).encode()))
-    write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
+    write_file(args, "restorations.png", lambda f: draw_picture(x[:8], iterates).save(f, "png"))
     return metrics
 
 # ==== 10. Use of the weights =========================================
@@ -669,17 +674,14 @@ def finetune(args, device):
             loss = F.cross_entropy(classifier(x), labels)
         classifier.zero_grad()
         loss.backward()
-        set_learning_rate(args, optimizers, step)
-        for optimizer in optimizers:
-            optimizer.step()
+        update_parameters(args, optimizers, step)
         if step % 50 == 0 or step in (1, args.max_steps):
             print(f"step {step}/{args.max_steps}  loss {loss.item():.4f}", flush=True)
     classifier.eval()  # the norm's running statistics, not a batch's
     count = min(args.eval_images, len(held_out or range(args.eval_images)))
-    hits, steps = [], range(math.ceil(count / 32))
     with torch.no_grad(), autocast(device):
-        for x, labels in image_batches(args, held_out, device, 32, steps, "held out"):
-            hits.append(classifier(x).argmax(1) == labels)
+        hits = [classifier(x).argmax(1) == labels for x, labels in image_batches(
+            args, held_out, device, 32, range(math.ceil(count / 32)), "held out")]
     metrics = {"accuracy": torch.cat(hits)[:count].float().mean().item()}
     print(f"{metrics['accuracy']:.1%} of {count} held-out images are classified right")
     write_file(args, "classifier.pt", lambda file: torch.save(classifier.state_dict(), file))
@@ -715,14 +717,13 @@ def build_parser():
     add("--image-size", type=int, help="side in pixels")
     add("--augment", action=switch, default=True, help="random crops and flips")
     add("--workers", type=int, default=min(8, os.cpu_count()), help="decoders per process")
-    add = parser.add_argument_group("energy and loss").add_argument
+    add = parser.add_argument_group("energy, loss and corruptions").add_argument
     add("--model", help=f"{', '.join(VIT_SIZES)}, or torchvision's, as resnet18")
     add("--patch-size", type=int, help="of a ViT; default: 4 below 128 pixels, else 16")
     add("--restore-steps", type=int, default=1, help="K, steps down the energy")
     add("--alpha", type=float, default=256.0, help="restoration's step size")
     add("--order-weight", type=float, default=0.007, help="w in Eq. (4)")
     add("--partial-share", type=float, default=0.1, help="of images corrupted in part")
-    add = parser.add_argument_group("corruptions").add_argument
     add("--mask-ratio", type=float, default=0.5, help="mim: share of hidden blocks")
     add("--mask-grid", type=int, help="mim: blocks a side; default: 8 or fewer, whole patches")
     add("--sort-grid", type=int, help="sort: pieces a side; default: 7 or fewer, whole patches")
@@ -734,7 +735,6 @@ def build_parser():
     add("--batch-size", type=int, help="images a step, of all processes")
     add("--lr", type=float, help="peak learning rate; default for convolutions: a tenth")
     add("--weight-decay", type=float, default=0.05, help="of matrices only")
-    add("--warmup-steps", type=int, help="of the learning rate; default: 1/20")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--save-every", type=int, help="steps between checkpoints")
     add("--eval-images", type=int, help="default: up to 256, fewer after a short run")
@@ -782,7 +782,7 @@ def check_args(args):
     def check(name, holds, expected):
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
-    zero_too = "weight_decay warmup_steps workers seed order_weight partial_share".split()
+    zero_too = "weight_decay workers seed order_weight partial_share".split()
     for name, value in vars(args).items():
         if type(value) in (int, float):
             check(name, value > 0 or value == 0 and name in zero_too, "too small")
