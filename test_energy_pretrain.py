@@ -1,7 +1,8 @@
 """Tests of energy_pretrain.py, in its order; the names of the tests are its specification.
 
 `pytest -q` runs them on a CPU, without a network. `python test_energy_pretrain.py` prints what a
-training step costs, `python test_energy_pretrain.py curves [OUT]` draws energies of a trained run.
+training step costs, `python test_energy_pretrain.py curves [OUT]` draws energies of a trained run,
+`python test_energy_pretrain.py mae` (or simmim) pretrains the usual way, to compare.
 """
 import json
 import os
