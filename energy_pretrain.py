@@ -6,7 +6,7 @@ Its backward pass restores: a corrupted image steps down the energy and comes ba
     E(x)                               one number per image: the forward pass            (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)   the backward pass restores, K steps from x_tilde  (2)
     loss = mean_k d(x_k, x)            every step should end at the clean image x        (3)
-         + w relu(1/4 - r)             r: how much higher the corrupted lies than x      (4)
+         + w relu(1/4 - r)             r: how far E rises from x, as a share of an ideal (4)
 
 (1) to (3) are the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining
 for Vision Models, ICLR 2023). Ours are (4), since a network that learns only to restore may

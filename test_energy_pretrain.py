@@ -788,6 +788,21 @@ def test_peers_learn_and_can_be_finetuned(tmp_path, monkeypatch, method):
     monkeypatch.undo()
     ep.main([*TINY, "--finetune", str(tmp_path / "checkpoint.pt"), "--out", str(tmp_path / "fine")])
 
+def test_maes_loss_sees_nothing_of_hidden_patches():
+    """Their targets have mean 0: who brightens a hidden patch changes no target, and no guess."""
+    module, x = MaskedAutoencoder(tiny_vit(), "mae"), images(0)
+    def loss(brighter):     # the first 4 of the 16 patches, in a random order, are seen
+        torch.manual_seed(1)
+        order = torch.rand(3, 16).argsort(1)[:, brighter]
+        patches = pieces(x, 4)                                      # (3, 16, 48)
+        for i in range(3):
+            patches[i, order[i]] += 1
+        y = torch.nn.functional.pixel_shuffle(patches.transpose(1, 2).unflatten(2, (4, 4)), 4)
+        torch.manual_seed(1)
+        return module(y, x).item()
+    assert loss(slice(4, 16)) == pytest.approx(loss(slice(0)), abs=1e-5)
+    assert loss(slice(0, 4)) != pytest.approx(loss(slice(0)), abs=1e-3)
+
 # ==== 11. Command line =======================================================
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "jigsaw"], "--task jigsaw: choose from mim, sort"),
