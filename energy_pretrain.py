@@ -35,7 +35,6 @@ import sys
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
@@ -337,24 +336,17 @@ def draw_landscapes(batch_size, size, generator):
         x = torch.lerp(x, paint * shade, (inside * radius * size + 0.5).clamp(0, 1))
     return x.clamp(0, 1) * 2 - 1, kind
 
-def is_image(path):
-    try:
-        Image.open(path).close()
-        return True
-    except Exception:  # Pillow raises anything
-        return False
-
 def find_images(root):
     """All images at or below root, (file, class) pairs; each folder right below it is a class.
-    Left out is what is hidden (. or @ first), and a run's own picture."""
+    Left out is what is hidden (. or @ first), has no image's ending, or is a run's picture."""
     files = [root, *sorted(glob.glob(f"{glob.escape(root)}/**", recursive=True))]
-    files = [file for file in files if os.path.isfile(file)
-             and not re.search("/@|/restorations.png$", file[len(root):])]
-    with ThreadPoolExecutor() as pool:  # for network disks
-        images = [file for file, good in zip(files, pool.map(is_image, files)) if good]
-    print0(f"{root}: {len(images)} images, {len(files) - len(images)} other files")
+    images = [file for file in files
+              if os.path.isfile(file) and torchvision.datasets.folder.is_image_file(file)
+              and not re.search("/@|/restorations.png$", file[len(root):])]
+    endings = " ".join(torchvision.datasets.folder.IMG_EXTENSIONS)
+    print0(f"{root}: {len(images)} images ({endings})")
     if not images:
-        raise UserError(f"--data {root}: no image there")
+        raise UserError(f"--data {root}: no image there ({endings})")
     folders = [os.path.relpath(os.path.dirname(file), root).split(os.sep)[0] for file in images]
     classes = sorted(set(folders))
     return [(file, classes.index(folder)) for file, folder in zip(images, folders)]
@@ -676,6 +668,8 @@ def finetune(args, device):
         loss.backward()
         update_parameters(args, optimizers, step)
         if step % 50 == 0 or step in (1, args.max_steps):
+            if not math.isfinite(loss.item()):
+                raise UserError(f"step {step}: loss {loss.item()}; lower --lr")
             print(f"step {step}/{args.max_steps}  loss {loss.item():.4f}", flush=True)
     classifier.eval()  # the norm's running statistics, not a batch's
     count = min(args.eval_images, len(held_out or range(args.eval_images)))
@@ -792,7 +786,8 @@ def check_args(args):
     for name, user in sides + [("patch_size", model) for model in VIT_SIZES]:
         check(name, user not in used or 1 < getattr(args, name) and
               args.image_size % getattr(args, name) == 0, "must be above 1 and divide --image-size")
-    check("mask_ratio", args.mask_ratio < 1, "must be below 1")
+    check("mask_ratio", "mim" not in used or 0.5 < args.mask_ratio * args.mask_grid**2 <
+          args.mask_grid**2 - 0.5, f"of {args.mask_grid**2} blocks, hides none or all")
     check("partial_share", args.partial_share < 1, "must be below 1")
     check("epochs", args.data != "procedural" or not args.epochs, "is for --data")
     check("freeze", args.finetune or not args.freeze, "is for --finetune")

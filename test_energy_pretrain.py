@@ -375,9 +375,9 @@ def people_s_images(folder):
         (folder / name).mkdir(parents=True)
         red.save(folder / name / "image.png")
     red.save(folder / "photo.JPG", "JPEG")
-    red.save(folder / "no ending", "WEBP")
+    red.save(folder / "web.webp")
     red.convert("CMYK").save(folder / "press.jpg")
-    red.convert("P").save(folder / "palette.gif")
+    red.convert("P").save(folder / "palette.png")
     red.convert("RGBA").save(folder / "alpha.png")
     red.resize((1, 1)).save(folder / "dot.png")
     red.resize((2, 900)).save(folder / "thin.png")
@@ -389,10 +389,10 @@ def test_a_folders_images_are_found_and_what_is_left_out_is_said(tmp_path, capsy
     people_s_images(tmp_path)
     pairs = ep.find_images(str(tmp_path))
     assert [os.path.relpath(file, tmp_path) for file, _ in pairs] == [
-        "alpha.png", "deep/er/image.png", "dot.png", "link/er/image.png", "no ending",
-        "palette.gif", "photo.JPG", "press.jpg", "thin.png"]
+        "alpha.png", "deep/er/image.png", "dot.png", "link/er/image.png", "palette.png",
+        "photo.JPG", "press.jpg", "thin.png", "web.webp"]
     assert [label for _, label in pairs] == [0, 1, 0, 2, 0, 0, 0, 0, 0]     # the root is a class
-    assert f"{tmp_path}: 9 images, 1 other files" in capsys.readouterr().out
+    assert f"{tmp_path}: 9 images (.jpg .jpeg .png" in capsys.readouterr().out
     crops = ep.Crops(pairs, 16, False)
     for index, (file, _) in enumerate(pairs):
         pixels, _ = crops[index, 0]
@@ -726,8 +726,8 @@ def test_init_begins_with_the_weights_and_the_network_of_a_run(tmp_path):
     torch.testing.assert_close(one["pretrainer"], two["pretrainer"], rtol=1e-6, atol=1e-8)
 
 def test_statistics_of_batch_norm_come_from_images_once(tmp_path):
-    base = [*TINY, "--model", "resnet18", "--image-size", "32", "--task", "color", "--out"]
-    ep.main([*base, str(tmp_path)])
+    ep.main([*TINY, "--model", "resnet18", "--image-size", "32", "--task", "color", "--max-steps",
+             "1", "--eval-images", "2", "--out", str(tmp_path)])
     state = saved(tmp_path)["pretrainer"]
     assert state["model.net.bn1.running_var"].min() > 0
     assert not torch.equal(state["model.net.bn1.running_mean"], torch.zeros(64))
@@ -740,6 +740,8 @@ def test_a_diverging_run_stops_in_one_line_and_keeps_the_checkpoint(tmp_path, ca
     base = [*TINY, "--task", "sr", "--out", str(tmp_path), "--save-every", "1"]
     said = one_line(capsys, [*base, "--lr", "1e20", "--max-steps", "9"])
     assert "not saved; lower --lr" in said and saved(tmp_path)["log"][-1]["loss"] < 1e30
+    fine = [*TINY, "--finetune", "scratch", "--labels", "6", "--out", str(tmp_path / "fine")]
+    assert "step 4: loss nan; lower --lr" in one_line(capsys, [*fine, "--lr", "1e20"])
 
 def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
     metrics = ep.main(["--task", "mim,denoise", "--image-size", "16", "--device", "cpu", "--out",
@@ -782,7 +784,7 @@ def test_finetune_from_scratch_takes_labels_of_landscapes_and_refuses_a_single_c
 @pytest.mark.parametrize("method", ["simmim", "mae"])
 def test_peers_learn_and_can_be_finetuned(tmp_path, monkeypatch, method):
     monkeypatch.setattr(ep, "Pretrainer", ep.Pretrainer)            # peer replaces it
-    peer(method, *TINY, "--max-steps", "50", "--lr", "3e-3", "--out", str(tmp_path))
+    peer(method, *TINY, "--max-steps", "20", "--lr", "1e-2", "--out", str(tmp_path))
     first, *_, last = saved(tmp_path)["log"]
     assert last["loss"] < 0.8 * first["loss"]
     monkeypatch.undo()
@@ -813,7 +815,8 @@ def test_maes_loss_sees_nothing_of_hidden_patches():
     (["--image-size", "18", "--task", "denoise"], "--patch-size 4: must be above 1 and divide"),
     (["--sr-factor", "5"], "--sr-factor 5: must be above 1 and divide"),
     (["--sort-grid", "1"], "--sort-grid 1: must be above 1 and divide"),
-    (["--mask-ratio", "1.5"], "--mask-ratio 1.5: must be below 1"),
+    (["--mask-ratio", "0.99"], "--mask-ratio 0.99: of 16 blocks, hides none or all"),
+    (["--mask-ratio", "0.01"], "--mask-ratio 0.01: of 16 blocks, hides none or all"),
     (["--partial-share", "1"], "--partial-share 1.0: must be below 1"),
     (["--lr", "nan"], "--lr nan: too small"),
     (["--max-steps", "0"], "--max-steps 0: too small"),
