@@ -6,12 +6,12 @@ Its backward pass restores: a corrupted image steps down the energy and comes ba
     E(x)                               one number per image: the forward pass            (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)   the backward pass restores, K steps from x_tilde  (2)
     loss = mean_k d(x_k, x)            every step should end at the clean image x        (3)
-         + w relu(1/4 - r)             r: how far E rises from x, as a share of an ideal (4)
+         + w relu(1/4 - r)             r: E's rise on the way to x_tilde, over an ideal  (4)
 
 (1) to (3) are the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining
-for Vision Models, ICLR 2023). Ours are (4), since a network that learns only to restore may
-rank nearly clean images below clean ones, and all that the paper's abstract and introduction
-leave open, as every number: we had no more of it.
+for Vision Models, ICLR 2023). (4) is ours: a network that learns only to restore may rank
+nearly clean images below clean ones. Of the paper we had the abstract and the introduction;
+what they leave open is ours, too, every number included.
 
 Why does an energy appear? By squared error the best restoration of x plus Gaussian noise of
 standard deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie's formula).
@@ -22,8 +22,8 @@ Compare with (2): alpha E is -sigma^2 log p_sigma, up to a constant (Vincent 201
     torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs or CPU processes
 
 Sections 1 to 3 are the method. Letters: B images, C channels, S by S pixels, N patches,
-D width, h heads, K restoration steps, M of what the line says. x is clean, x_tilde corrupted,
-x_hat restored; pixels lie in [-1, 1].
+D width, h heads, K restoration steps, M whatever the line counts. x is clean, x_tilde
+corrupted, x_hat restored; pixels lie in [-1, 1].
 """
 import argparse
 import glob
@@ -84,7 +84,7 @@ CORRUPTIONS = {"mim": hide_blocks, "sort": shuffle_patches, "sr": lower_resoluti
 TASKS = list(CORRUPTIONS)
 
 def corrupt(x, task, generator, options):
-    """New images like x (B, 3, S, S), by the task's verb, which takes its own of the options."""
+    """New images like x (B, 3, S, S). options: {flag: value}; a verb takes those it names."""
     return CORRUPTIONS[task](x, generator, **options)
 
 # ==== 2. The energy ==================================================
@@ -190,19 +190,20 @@ def build_model(name, image_size=32, patch_size=4):
 # parameters, back through the first (d/dtheta of dE/dx), and trains the decoder.
 def restore(energy_fn, x_tilde, alpha=1.0, num_steps=1, create_graph=False):
     """K = num_steps steps down the energy: x_1 ... x_K, (K, B, 3, S, S).
-    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError, that mixes no images.
-    A network of yours must be in evaluation mode, fused attention under torch.nn.attention's
-    sdpa_kernel(SDPBackend.MATH). create_graph: for training."""
+    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError; it must not mix images,
+    so a network of yours must be in evaluation mode. Fused attention must run under
+    torch.nn.attention's sdpa_kernel(SDPBackend.MATH). create_graph: for training."""
     def total_energy(x):
         energy = energy_fn(x)
         if energy.shape != x.shape[:1]:
             raise ValueError(f"an energy is of shape ({len(x)},), not {tuple(energy.shape)}")
         return energy.float().sum()     # its gradient is each image's own: none sees another
     # unlike torch.autograd.grad, this works in torch.compile and under torch.no_grad()
-    gradient, iterates = torch.func.grad(total_energy), [x_tilde]
+    gradient = torch.func.grad(total_energy)
+    iterates = [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = iterates[-1].detach()   # each step learns on its own; if K = 1, nothing is cut
+            x = iterates[-1].detach()   # no gradient from a step to the one before it
             iterates.append(x - alpha * gradient(x))              # Eq. (2)
     return torch.stack(iterates[1:])
 
@@ -269,7 +270,7 @@ def print0(*values):
         print(*values, flush=True)
 
 def seed_from(*key):
-    """A seed from its use, as ("corrupt", 0, 17): a run that goes on draws what it would."""
+    """A seed from its use, as ("corrupt", 0, 17): a resumed run draws as an unbroken one."""
     return zlib.crc32(repr(key).encode())
 
 def make_generator(device, *key):
@@ -278,8 +279,7 @@ def make_generator(device, *key):
 def join_processes(name):
     """Join the other processes, if any, and return this one's device."""
     device = torch.device(f"cuda:{LOCAL_RANK}" if name == "cuda" else name)
-    here = {"cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
-    if LOCAL_RANK >= here.get(name, WORLD_SIZE):
+    if name == "cuda" and LOCAL_RANK >= torch.cuda.device_count():
         raise UserError(f"--device {device}: not on this machine")
     if name == "cuda":
         torch.cuda.set_device(device)
@@ -337,8 +337,9 @@ def draw_landscapes(batch_size, size, generator):
     return x.clamp(0, 1) * 2 - 1, kind
 
 def find_images(root):
-    """All images at or below root, (file, class) pairs; each folder right below it is a class.
-    Left out is what is hidden (. or @ first), has no image's ending, or is a run's picture."""
+    """All images at or below root, (file, class) pairs. Each folder right in it is a class, and
+    so are the images beside them. Left out are hidden files (. or @ first), those without an
+    image's ending, and a run's picture."""
     files = [root, *sorted(glob.glob(f"{glob.escape(root)}/**", recursive=True))]
     images = [file for file in files
               if os.path.isfile(file) and torchvision.datasets.folder.is_image_file(file)
@@ -408,7 +409,7 @@ def open_data(args):
 
 def crop_keys(num_images, batch_size, steps, key, rank, world_size):
     """For every step this process's keys (index, seed) of Crops. Each epoch is a permutation,
-    the epochs are one endless row, and step n takes the n-th batch of it."""
+    the epochs are one endless row, and step n takes batch n of it, from 0 on."""
     part, epoch = batch_size // world_size, None
     for step in steps:
         keys, first = [], step * batch_size + rank * part
@@ -422,7 +423,7 @@ def crop_keys(num_images, batch_size, steps, key, rank, world_size):
 
 def image_batches(args, pairs, device, batch_size, steps, use, rank=0, world_size=1):
     """Yield this process's images (B, 3, S, S) and labels (B,) for each step. use goes into
-    the seed. Held-out images are cropped as those trained on, but for a classifier."""
+    the seed. Held-out images are cropped as those trained on, but not for a classifier."""
     if pairs is None:
         for step in steps:
             generator = make_generator(device, use, args.seed, step, rank)
@@ -470,9 +471,9 @@ def update_parameters(args, optimizers, step):
     return rate
 
 # ==== 7. Checkpoints =================================================
-# Plain dicts of tensors, numbers and strings: loading one can run no code. An interrupted run
-# goes on from its last one if the same command is given again; only these flags may differ.
-FREE = ("out", "evaluate", "compile", "workers", "device", "save_every", "lr", "weights")
+# Plain dicts of tensors, numbers and strings: loading one can run no code. Pretraining that was
+# interrupted goes on if the same command is given again; only these flags may differ.
+FREE = ("out", "compile", "workers", "device", "save_every", "lr")
 
 def write_file(args, name, write):
     """Let write(file) fill OUT/name, whole or not at all."""
@@ -483,7 +484,7 @@ def write_file(args, name, write):
             write(file)
         os.replace(path + ".unfinished", path)
     except (OSError, RuntimeError) as error:  # the latter by torch.save
-        raise UserError(f"{path}: cannot be written ({error.__context__ or error})")
+        raise UserError(f"{path}: cannot be written; is there room? ({error.__context__ or error})")
 
 def load_checkpoint(path):
     """Read a checkpoint.pt. UserError if there is none, or it is damaged."""
@@ -544,8 +545,8 @@ def evaluate(pretrainer, x, tasks, options, chunk=32):
         x_tilde = corrupt(x, task, make_generator(x.device, "evaluate", task), options)
         corrupted, quarter = energy(x_tilde), energy(x.lerp(x_tilde, 0.25))
         iterates[task] = [x_tilde, *steps(x_tilde, pretrainer.num_steps)]
-        seen = x_tilde != x if task == "mim" else torch.ones_like(x, dtype=torch.bool)
-        values = [psnr(x_k[seen], x[seen]) for x_k in iterates[task]]
+        counted = x_tilde != x if task == "mim" else torch.ones_like(x, dtype=torch.bool)
+        values = [psnr(x_k[counted], x[counted]) for x_k in iterates[task]]
         metrics[task] = {
             "psnr_clean": psnr_clean, "psnr_corrupted": values[0],
             **{f"psnr_step_{k}": value for k, value in enumerate(values[1:], 1)},
@@ -588,9 +589,10 @@ def build_pretrainer(args, pairs, device):
         freeze_unused(pretrainer, x[:2])
         if args.weights:
             pretrainer.load_state_dict(load_checkpoint(args.weights)["pretrainer"])
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # torchvision's, too
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--model {args.model} at {args.image_size} pixels: {reason}")
+    except (ValueError, TypeError, AssertionError, RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]  # torchvision's, too
+        weights = f", with the weights of {args.weights}" * bool(args.weights)
+        raise UserError(f"--model {args.model} at {args.image_size} pixels{weights}: {reason}")
     print0(f"{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters; {args.data}; "
            f"{WORLD_SIZE} processes on {device}")
     return pretrainer
@@ -694,15 +696,15 @@ NETWORK = ("model", "image_size", "patch_size", "alpha", "data", "augment")  # g
 def build_parser():
     parser, switch = argparse.ArgumentParser(), argparse.BooleanOptionalAction
     parser.epilog = f"Defaults on a CPU: {CPU}; on GPUs, epochs with --data only: {GPU}."
-    add = parser.add_argument_group("what to do").add_argument
+    group = parser.add_argument_group("what to do")
+    add, one = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--task", default="all", help=f"{', '.join(TASKS)}, a comma list, or all")
-    one = parser.add_mutually_exclusive_group().add_argument
     one("--evaluate", action="store_true", help="train nothing: table and picture of --out")
     one("--init", metavar="FILE", help="begin with the weights of this checkpoint.pt")
     one("--finetune", metavar="FILE", help="train a classifier: a checkpoint.pt, or scratch")
     add("--freeze", action="store_true", help="--finetune only a linear probe")
     add("--out", help="folder; default: runs/TASK, runs/finetune or runs/scratch")
-    add("--device", choices=["cpu", "cuda", "mps"], help="mps is untried",
+    add("--device", choices=["cpu", "cuda"], help="default: cuda, if there is one",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="procedural", help="folder, image file, cifar10 or cifar100",
@@ -717,7 +719,7 @@ def build_parser():
     add("--restore-steps", type=int, default=1, help="K, steps down the energy")
     add("--alpha", type=float, default=256.0, help="restoration's step size")
     add("--order-weight", type=float, default=0.007, help="w in Eq. (4)")
-    add("--partial-share", type=float, default=0.1, help="of images corrupted in part")
+    add("--partial-share", type=float, default=0.1, help="of a process's images, corrupted in part")
     add("--mask-ratio", type=float, default=0.5, help="mim: share of hidden blocks")
     add("--mask-grid", type=int, help="mim: blocks a side; default: 8 or fewer, whole patches")
     add("--sort-grid", type=int, help="sort: pieces a side; default: 7 or fewer, whole patches")
@@ -728,7 +730,7 @@ def build_parser():
     add("--epochs", type=float, help="over --data, instead of --max-steps")
     add("--batch-size", type=int, help="images a step, of all processes")
     add("--lr", type=float, help="peak learning rate; default for convolutions: a tenth")
-    add("--weight-decay", type=float, default=0.05, help="of matrices only")
+    add("--weight-decay", type=float, default=0.05, help="not of biases and norms")
     add("--seed", type=int, default=0, help="of all that is random")
     add("--save-every", type=int, help="steps between checkpoints")
     add("--eval-images", type=int, help="default: up to 256, fewer after a short run")
@@ -747,13 +749,14 @@ def parse_args(argv):
     parser.set_defaults(out=f"runs/{name}", **(GPU if typed.device == "cuda" else CPU))
     parser.set_defaults(**({} if not typed.finetune else PROBE if typed.freeze else FINETUNE))
     args = parser.parse_args(argv)
-    weights = f"{args.out}/checkpoint.pt" if args.evaluate else args.init or args.finetune
-    if weights not in (None, "scratch"):
+    weights = args.init or {"scratch": None}.get(args.finetune, args.finetune)
+    weights = f"{args.out}/checkpoint.pt" if args.evaluate else weights
+    if weights:
         saved = load_checkpoint(weights)["config"]
         parser.set_defaults(**{name: saved[name] for name in saved if
                                name in NETWORK or args.evaluate and name not in FREE})
         args = parser.parse_args(argv)
-    args.weights = None if weights == "scratch" else weights
+    args.weights = weights
     if typed.max_steps or typed.epochs:  # either one replaces both defaults
         args.max_steps, args.epochs = typed.max_steps, typed.epochs
     elif args.data == "procedural":
@@ -778,15 +781,16 @@ def check_args(args):
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: {expected}")
     zero_too = "weight_decay workers seed order_weight partial_share".split()
     for name, value in vars(args).items():
+        check(name, value != "", "is empty")
         if type(value) in (int, float):
-            check(name, value > 0 or value == 0 and name in zero_too, "too small")
-    used = {args.model} if args.finetune else {args.model, *args.task.split(",")}
-    check("task", used <= {args.model, *TASKS}, f"choose from {', '.join(TASKS)}, or all")
-    sides = [("mask_grid", "mim"), ("sort_grid", "sort"), ("sr_factor", "sr")]
-    for name, user in sides + [("patch_size", model) for model in VIT_SIZES]:
-        check(name, user not in used or 1 < getattr(args, name) and
+            check(name, 0 < value < 2**32 or value == 0 and name in zero_too, "out of range")
+    tasks = set() if args.finetune else set(args.task.split(","))
+    check("task", tasks <= set(TASKS), f"choose from {', '.join(TASKS)}, or all")
+    for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
+                       ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
+        check(name, not used or 1 < getattr(args, name) and
               args.image_size % getattr(args, name) == 0, "must be above 1 and divide --image-size")
-    check("mask_ratio", "mim" not in used or 0.5 < args.mask_ratio * args.mask_grid**2 <
+    check("mask_ratio", "mim" not in tasks or 0.5 < args.mask_ratio * args.mask_grid**2 <
           args.mask_grid**2 - 0.5, f"of {args.mask_grid**2} blocks, hides none or all")
     check("partial_share", args.partial_share < 1, "must be below 1")
     check("epochs", args.data != "procedural" or not args.epochs, "is for --data")
@@ -808,7 +812,8 @@ def main(argv=None):
         message = "out of memory; a smaller --batch-size, --image-size or --model would fit"
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"--compile fails ({type(error).__name__}); --no-compile does without"
-    print("energy_pretrain.py: error:", *message.split(), file=sys.stderr)
+    message = " ".join(message.split())
+    sys.stderr.write(f"energy_pretrain.py: error: {message}\n")  # whole, whoever else writes
     sys.exit(2)
 
 if __name__ == "__main__":
