@@ -337,9 +337,8 @@ def draw_landscapes(batch_size, size, generator):
     return x.clamp(0, 1) * 2 - 1, kind
 
 def find_images(root):
-    """All images at or below root, (file, class) pairs. Each folder right in it is a class, and
-    so are the images beside them. Left out are hidden files (. or @ first), those without an
-    image's ending, and a run's picture."""
+    """All images at or below root, (file, class) pairs. Each folder right in it is a class.
+    Left out is what is hidden (. or @ first), has no image's ending, or is a run's picture."""
     files = [root, *sorted(glob.glob(f"{glob.escape(root)}/**", recursive=True))]
     images = [file for file in files
               if os.path.isfile(file) and torchvision.datasets.folder.is_image_file(file)
@@ -589,8 +588,8 @@ def build_pretrainer(args, pairs, device):
         freeze_unused(pretrainer, x[:2])
         if args.weights:
             pretrainer.load_state_dict(load_checkpoint(args.weights)["pretrainer"])
-    except (ValueError, TypeError, AssertionError, RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]  # torchvision's, too
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:  # torchvision's, too
+        reason = " ".join(str(error).split())[:200]
         weights = f", with the weights of {args.weights}" * bool(args.weights)
         raise UserError(f"--model {args.model} at {args.image_size} pixels{weights}: {reason}")
     print0(f"{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters; {args.data}; "
@@ -784,6 +783,8 @@ def check_args(args):
         check(name, value != "", "is empty")
         if type(value) in (int, float):
             check(name, 0 < value < 2**32 or value == 0 and name in zero_too, "out of range")
+    check("model", args.model in (*VIT_SIZES, *torchvision.models.list_models(torchvision.models)),
+          f"choose from {', '.join(VIT_SIZES)}, or a classifier of torchvision")
     tasks = set() if args.finetune else set(args.task.split(","))
     check("task", tasks <= set(TASKS), f"choose from {', '.join(TASKS)}, or all")
     for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
@@ -812,8 +813,7 @@ def main(argv=None):
         message = "out of memory; a smaller --batch-size, --image-size or --model would fit"
     except torch._dynamo.exc.TorchDynamoException as error:
         message = f"--compile fails ({type(error).__name__}); --no-compile does without"
-    message = " ".join(message.split())
-    sys.stderr.write(f"energy_pretrain.py: error: {message}\n")  # whole, whoever else writes
+    sys.stderr.write(f"energy_pretrain.py: error: {' '.join(message.split())}\n")
     sys.exit(2)
 
 if __name__ == "__main__":

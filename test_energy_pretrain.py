@@ -743,6 +743,8 @@ def test_maes_loss_sees_nothing_of_hidden_patches():
 # ==== 11. Command line =======================================================
 @pytest.mark.parametrize("arguments, message", [
     (["--task", "jigsaw"], "--task jigsaw: choose from mim, sort"),
+    (["--model", "resnet19"], "--model resnet19: choose from nano, mini"),
+    (["--model", "fasterrcnn_resnet50_fpn"], "or a classifier of torchvision"),
     (["--model", "squeezenet1_0"], "at 16 pixels: this network does not end in a linear layer"),
     (["--model", "mobilenet_v3_small"], "mobilenet_v3_small at 16 pixels: derivative for"),
     (["--model", "vit_b_32"], "--model vit_b_32 at 16 pixels: Input shape indivisible by patch"),
@@ -755,12 +757,12 @@ def test_maes_loss_sees_nothing_of_hidden_patches():
     (["--max-steps", "0"], "--max-steps 0: out of range"),
     (["--seed", "-1"], "--seed -1: out of range"),
     (["--epochs", "inf", "--data", "x"], "--epochs inf: out of range"),
-    (["--data", ""], "--data : is empty"),
+    (["--init", ""], "--init : is empty"),
     (["--epochs", "2"], "--epochs 2.0: is for --data"),
     (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs two"),
     (["--device", "tpu"], "--device: invalid choice: 'tpu'"),
     (["--freeze"], "--freeze True: is for --finetune"),
-    (["--data", "/no/such/folder"], "--data /no/such/folder: no image there"),
+    (["--data", "/no/such/photo.jpg"], "--data /no/such/photo.jpg: no image there (.jpg"),
     (["--init", "scratch"], "scratch: missing"),
     (["--init", "a.pt", "--finetune", "scratch"], "not allowed with argument"),
     (["--mask-grid", "5"], "--mask-grid 5: must be above 1 and divide"),
@@ -815,6 +817,8 @@ def test_defaults_follow_the_device_the_network_the_data_and_the_image_size(tmp_
     assert parsed("lr", "--model", "resnet18", "--lr", "1") == (1,)
     for device, whole_patches in ((on_cpu, (4, 8, 4)), (on_gpu, (16, 7, 7))):
         assert parsed("patch_size mask_grid sort_grid", *device) == whole_patches
+    prime = ("--image-size", "44", "--task", "denoise")     # 11 patches a side: no grid
+    assert parsed("mask_grid", *on_cpu, *prime) == (1,)
     fine = ("--finetune", "scratch", *on_cpu)
     assert parsed("out max_steps lr", *fine) == ("runs/scratch", 600, 2e-3)
     assert parsed("lr", *fine, "--freeze") == (3.5e-2,)
