@@ -26,6 +26,7 @@ D width, h heads, K restoration steps, M whatever the line counts. x is clean, x
 corrupted, x_hat restored; pixels lie in [-1, 1].
 """
 import argparse
+import collections
 import glob
 import json
 import math
@@ -49,12 +50,18 @@ class UserError(Exception):
 
 # ==== 1. Corruptions =================================================
 # Five verbs of one signature. A sixth task is one more, and its name in CORRUPTIONS.
-def hide_blocks(x, generator, mask_ratio, mask_grid, **_):
-    """Masked image modelling: paint round(mask_ratio * M) of M = mask_grid^2 blocks grey."""
-    B, M, block = len(x), mask_grid**2, x.shape[2] // mask_grid
-    order = torch.rand(B, M, generator=generator, device=x.device).argsort(1)
-    mask = (order < round(mask_ratio * M)).view(B, 1, mask_grid, mask_grid)
-    return x.masked_fill(mask.repeat_interleave(block, 2).repeat_interleave(block, 3), 0)
+def count_hidden(image_size, mask_ratio, patch_size):
+    """How many patches `hide_patches` hides."""
+    return round(mask_ratio * (image_size // patch_size)**2)
+
+def hide_patches(x, generator, mask_ratio, patch_size, **_):
+    """Masked image modelling: hide a share of the patches. A hidden patch is one of zeros, and
+    no other is: 8-bit pixels scaled to [-1, 1] are odd multiples of 1/255, never 0."""
+    side = x.shape[2] // patch_size
+    order = torch.rand(len(x), side**2, generator=generator, device=x.device).argsort(1)
+    mask = order < count_hidden(x.shape[2], mask_ratio, patch_size)         # (B, N)
+    mask = mask.view(-1, 1, side, side).repeat_interleave(patch_size, 2)
+    return x.masked_fill(mask.repeat_interleave(patch_size, 3), 0)
 
 def shuffle_patches(x, generator, sort_grid, **_):
     """Patch sorting: permute sort_grid x sort_grid pieces."""
@@ -79,7 +86,7 @@ def remove_color(x, generator, **_):
     red, green, blue = x.split(1, dim=1)               # (B, 1, H, W)
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
-CORRUPTIONS = {"mim": hide_blocks, "sort": shuffle_patches, "sr": lower_resolution,
+CORRUPTIONS = {"mim": hide_patches, "sort": shuffle_patches, "sr": lower_resolution,
                "denoise": add_noise, "color": remove_color}
 TASKS = list(CORRUPTIONS)
 
@@ -114,42 +121,81 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x))
         return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
+def random_waves(side, dim):
+    """Positions (1, side * side, D) of patches: D waves over the grid, each of random direction,
+    frequency and phase. Near ones are alike, and attend to each other at once."""
+    place = torch.cartesian_prod(torch.arange(float(side)), torch.arange(float(side)))  # (N, 2)
+    waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
+    return 0.85 * waves.cos().unsqueeze(0)
+
+class ReadOut(nn.Module):
+    """The energy as a distance, E = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2: how far each embedded
+    patch p_n is from z_n, what one more block, having seen all tokens, expects in its place. So
+    the block says directly which way patch n should go: dE/dp_n = v (p_n - z_n) / N plus what
+    comes back through the layers. v, learned from 0, may have any sign."""
+    def __init__(self, pos_embed, num_heads):
+        super().__init__()
+        dim = pos_embed.shape[2]
+        self.pos_embed = nn.Parameter(pos_embed)
+        self.block = Block(dim, num_heads)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.weight = nn.Parameter(torch.zeros(dim))              # v; at first no step moves
+    def forward(self, p, tokens):   # embedded patches, and their tokens: (B, N, D) each
+        z = self.norm(self.block(tokens + self.pos_embed))        # (B, N, D)
+        distance = self.weight * (p - z).float().square()         # (B, N, D)
+        return distance.sum(2).mean(1) / 2                        # Eq. (1): (B,)
+
 class ViT(nn.Module):
     """Vision Transformer whose forward pass is the energy, Eq. (1): (B, 3, S, S) -> (B,).
-    The read-out is a distance, E = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2: how far each embedded
-    patch p_n is from z_n, what the last layer, having seen them all, expects in its place. So
-    the last layer says directly which way patch n should go: dE/dp_n = v (p_n - z_n) / N plus
-    what comes back through the layers. v, learned from 0, may have any sign."""
-    def __init__(self, image_size=32, patch_size=4, dim=96, depth=2, num_heads=3):
+    Hidden patches join late: only what is seen walks through the blocks, then the hidden patches
+    join for the read-out. So what they need must stand in the features of the seen ones, which
+    are the features that one wants. If they walked along they would read it on the way."""
+    def __init__(self, image_size=32, patch_size=4, dim=96, depth=1, num_heads=3):
         super().__init__()
         side = image_size // patch_size
+        self.patch_size, self.num_features = patch_size, dim
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))     # for timm; not read out
-        self.pos_embed = nn.Parameter(torch.zeros(1, side**2 + 1, dim))
+        waves = random_waves(side, dim)
+        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, 1, dim), waves], 1))
         self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Linear(dim, 1, bias=False)                 # its weight is v
-        nn.init.zeros_(self.head.weight)                          # at first no step moves
-        # random waves as positions: neighbours are alike, and attend to each other at once
-        place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)            # (N, 2)
-        waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
-        self.pos_embed.data[0, 1:] = 0.85 * waves.cos()           # (N, D)
+        self.head = ReadOut(waves, num_heads)                     # all above is timm's
     def embed(self, x):             # one linear map of each patch: (B, 3, S, S) -> (B, N, D)
         return self.patch_embed.proj(x).flatten(2).transpose(1, 2)
-    def encode(self, patches):      # what the network makes of them: (B, N, D) -> (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], 1)
-        x = x + self.pos_embed                                    # (B, N+1, D)
+    def encode(self, patches, seen=None):
+        """Features (B, M, D) of patches (B, N, D), or of those M alone that seen says."""
+        x = patches + self.pos_embed[:, 1:]
+        if seen is not None:
+            x = x.gather(1, seen)                                 # (B, M, D)
+        cls = self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)         # (B, M+1, D)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)[:, 1:]
     def represent(self, x):         # for a classifier: (B, 3, S, S) -> (B, D)
         return self.encode(self.embed(x)).mean(1)
-    def forward(self, x):
+    def find_hidden(self, x):       # which patches are all zeros: (B, 3, S, S) -> (B, N)
+        return F.max_pool2d(x.detach().abs(), self.patch_size).amax(1).flatten(1) == 0
+    def forward(self, x, num_hidden=None):
+        """num_hidden: how many patches of each image are hidden. torch.compile must be told,
+        else the images themselves show it, and may differ."""
+        if num_hidden is None:
+            numbers = self.find_hidden(x).sum(1)                  # (B,)
+            energies = x.new_zeros(len(x))
+            for n in numbers.unique().tolist():
+                energies[numbers == n] = self(x[numbers == n], n)
+            return energies
         p = self.embed(x)                                         # (B, N, D)
-        z = self.encode(p)                                        # (B, N, D)
-        # not self.head(...), which autocast would round to bfloat16
-        distance = self.head.weight * (p - z).float().square()    # (B, N, D)
-        return distance.sum(2).mean(1) / 2                        # Eq. (1): (B,)
+        if num_hidden == 0:
+            return self.head(p, self.encode(p))
+        # What is seen is given: dE/dx is zero there, and no inner gradient enters the blocks.
+        given, hidden = self.embed(x.detach()), self.find_hidden(x)
+        p = torch.where(hidden.unsqueeze(2), p, given)
+        seen = hidden.int().argsort(dim=1, stable=True)[:, :hidden.shape[1] - num_hidden]   # (B, M)
+        seen = seen.unsqueeze(2).expand(-1, -1, self.num_features)                      # (B, M, D)
+        features = self.encode(given, seen)                       # (B, M, D)
+        return self.head(p, p.to(features.dtype).scatter(1, seen, features))
 
 class TorchvisionEnergy(nn.Module):
     """A torchvision network with the read-out as last layer: (B, 3, S, S) -> (B,).
@@ -162,6 +208,7 @@ class TorchvisionEnergy(nn.Module):
         if not isinstance(last, nn.Linear):
             raise ValueError("this network does not end in a linear layer")
         self.net.set_submodule(path, nn.Identity())
+        self.num_features = last.in_features
         self.head = nn.Linear(last.in_features, 1, bias=False)
         nn.init.zeros_(self.head.weight)
         for module in self.net.modules():
@@ -170,11 +217,12 @@ class TorchvisionEnergy(nn.Module):
     def represent(self, x):                     # (B, 3, S, S) -> (B, D)
         with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):    # twice differentiable
             return self.net(x)
-    def forward(self, x):
+    def forward(self, x, num_hidden=None):      # knows no patches: all go one way
+        # not self.head(...), which autocast would round to bfloat16
         return (self.represent(x) * self.head.weight).sum(1)
 
 VIT_SIZES = {  # name: (width D, depth, heads h)
-    "nano": (96, 2, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3),
+    "nano": (96, 1, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3),
     "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def build_model(name, image_size=32, patch_size=4):
@@ -231,27 +279,45 @@ class Pretrainer(nn.Module):
         super().__init__()
         self.model, self.alpha = model, alpha
         self.num_steps, self.order_weight = num_steps, order_weight
-    def forward(self, x, x_tilde, num_partial=0):
-        """The loss of images (B, 3, S, S); the first num_partial enter Eq. (4)."""
-        x_hat = restore(self.model, x_tilde, self.alpha, self.num_steps, create_graph=True)
+    def forward(self, x, x_tilde, num_partial=0, num_masked=0, num_hidden=0):
+        """The loss of images (B, 3, S, S). The first num_partial enter Eq. (4). The last
+        num_masked have num_hidden hidden patches each; after a step they are whole, too."""
+        def whole(y):
+            return self.model(y, 0)
+        def as_dealt(y):
+            y, masked = y.split([len(y) - num_masked, num_masked])
+            return torch.cat([whole(y), self.model(masked, num_hidden)])
+        energy = as_dealt if num_masked else whole
+        x_hat = restore(energy, x_tilde, self.alpha, 1, create_graph=True)
+        if self.num_steps > 1:
+            more = restore(whole, x_hat[0], self.alpha, self.num_steps - 1, create_graph=True)
+            x_hat = torch.cat([x_hat, more])
         loss = restoration_loss(x_hat, x, x_tilde)
         if num_partial:
             x, x_s = x[:num_partial], x_tilde[:num_partial]
-            loss = loss + self.order_weight * order_loss(self.model, x, x_s, self.alpha)
+            loss = loss + self.order_weight * order_loss(whole, x, x_s, self.alpha)
         return loss
 
-def corrupt_batch(x, tasks, generator, options, turn=0, partial_share=0.1):
-    """(x_tilde, num_partial) for images x (B, 3, S, S). Image i gets task turn + i, round and
-    round. The first num_partial are corrupted only in part, mostly a little; else restoration
-    would not learn to leave alone what is nearly clean."""
-    x_tilde, count = torch.empty_like(x), len(tasks)
-    for i in range(min(count, len(x))):
-        task = tasks[(turn + i) % count]
-        x_tilde[i::count] = corrupt(x[i::count], task, generator, options)
-    num_partial = math.ceil(partial_share * len(x))
+def corrupt_batch(x, tasks, generator, options, turn=0):
+    """(x, x_tilde, num_partial, num_masked, num_hidden) for images x (B, 3, S, S), as Pretrainer
+    takes them. Image i gets task turn + i, round and round. The first num_partial are corrupted
+    only in part, mostly a little; else restoration would not learn to leave alone what is nearly
+    clean. Of the others, masked images come last."""
+    num_partial = math.ceil(options["partial_share"] * len(x))
+    dealt = [tasks[(turn + i) % len(tasks)] for i in range(len(x))]
+    order = sorted(range(len(x)), key=lambda i: i >= num_partial and dealt[i] == "mim")
+    x, dealt = x[order], [dealt[i] for i in order]
+    x_tilde = torch.empty_like(x)
+    for task in tasks:
+        places = [i for i, other in enumerate(dealt) if other == task]
+        if places:
+            x_tilde[places] = corrupt(x[places], task, generator, options)
     u = torch.rand(num_partial, 1, 1, 1, generator=generator, device=x.device)
     x_tilde[:num_partial] = x[:num_partial].lerp(x_tilde[:num_partial], u**2)
-    return x_tilde, num_partial
+    num_masked = dealt[num_partial:].count("mim")
+    num_hidden = num_masked and count_hidden(
+        x.shape[2], options["mask_ratio"], options["patch_size"])
+    return x, x_tilde, num_partial, num_masked, num_hidden
 
 def freeze_unused(pretrainer, x):
     """Freeze parameters that have no part in dE/dx, found by a dry run with images x. They
@@ -399,8 +465,13 @@ def open_data(args):
         drawn = draw_landscapes(args.labels, args.image_size, generator)
         train = [(v2.functional.to_pil_image(x / 2 + 0.5), int(k)) for x, k in zip(*drawn)]
     if args.labels:
-        order = torch.randperm(len(train), generator=generator)[:args.labels]
-        train = torch.utils.data.Subset(train, order.tolist())
+        order = torch.randperm(len(train), generator=generator).tolist()
+        labels, rank, seen = [label for _, label in train], {}, collections.Counter()
+        for i in order:
+            rank[i] = seen[labels[i]]
+            seen[labels[i]] += 1
+        order.sort(key=rank.get)  # the first of every class, then the second, and so on
+        train = torch.utils.data.Subset(train, order[:args.labels])
     args.num_images = train and len(train)
     if args.epochs:
         args.max_steps = math.ceil(args.epochs * args.num_images / args.batch_size)
@@ -445,13 +516,15 @@ class WithoutBfloat16(TorchFunctionMode):
 def build_optimizers(module, weight_decay):
     """[AdamW, Muon]. Muon (Jordan et al., 2024), for the matrices of attention and MLPs, turns
     momentum into roughly the nearest orthogonal matrix: all directions move equally far.
-    AdamW alone needs several times the steps. Biases and norms do not decay."""
+    AdamW alone needs several times the steps."""
     inner, others = [], []  # a convolutional network has no inner ones
     for name, p in module.named_parameters():
         is_inner = p.ndim == 2 and re.search("(attn|attention|mlp).*weight", name)
         (inner if is_inner else others).append(p)
-    groups = [{"params": [p for p in others if p.ndim > 1]},
-              {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0}]
+    def spared(p):  # biases and norms; positions, class token and read-out, of shape (1, ...)
+        return p.ndim < 2 or len(p) == 1
+    groups = [{"params": [p for p in others if not spared(p)]},
+              {"params": [p for p in others if spared(p)], "weight_decay": 0.0}]
     common = {"lr": 0.0, "weight_decay": weight_decay}
     return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common), torch.optim.Muon(
         [{"params": inner}], momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
@@ -514,7 +587,8 @@ def resume(args, pretrainer, optimizers):
 def save_checkpoint(args, pretrainer, optimizers, log):
     """Write log.jsonl, checkpoint.pt and backbone.pt, the network without its read-out."""
     backbone = getattr(pretrainer.model, "net", pretrainer.model).state_dict()
-    backbone.pop("head.weight", None)
+    if isinstance(pretrainer.model, ViT):
+        backbone = {name: p for name, p in backbone.items() if not name.startswith("head.")}
     checkpoint = {"pretrainer": pretrainer.state_dict(), "config": vars(args), "log": log,
                   "optimizers": [o.state_dict() for o in optimizers]}
     lines = "".join(json.dumps(record) + "\n" for record in log)
@@ -596,32 +670,46 @@ def build_pretrainer(args, pairs, device):
            f"{WORLD_SIZE} processes on {device}")
     return pretrainer
 
+def wrap(args, pretrainer):
+    """The module whose call is the loss of a step, compiled and distributed as asked for."""
+    if args.compile:
+        # else the graph is cut where DistributedDataParallel's buckets end, which may be in the
+        # middle of the inner gradient
+        torch._dynamo.config.optimize_ddp = False
+        pretrainer.compile(fullgraph=True, dynamic=False)
+    return pretrainer if WORLD_SIZE == 1 else nn.parallel.DistributedDataParallel(pretrainer)
+
 def train(args, pretrainer, pairs, device):
     """Take the steps that OUT's checkpoint has not taken yet, and save on the way."""
     optimizers = build_optimizers(pretrainer, args.weight_decay)
     log = resume(args, pretrainer, optimizers)
-    if args.compile:
-        pretrainer.compile(fullgraph=True)
-    module = pretrainer if WORLD_SIZE == 1 else nn.parallel.DistributedDataParallel(pretrainer)
-    last, start = log[-1]["step"] if log else 0, time.time()
-    steps = range(last + 1, args.max_steps + 1)
+    last, start, losses = log[-1]["step"] if log else 0, time.time(), []
+    if WORLD_SIZE > 1:
+        began = [None] * WORLD_SIZE
+        dist.all_gather_object(began, last)
+        if len(set(began)) > 1:
+            raise UserError(f"processes go on after steps {began}: all machines must share --out")
+    module = wrap(args, pretrainer)
+    steps, tasks = range(last, args.max_steps), args.task.split(",")
     batches = image_batches(args, pairs, device, args.batch_size, steps, "train", RANK, WORLD_SIZE)
-    for step, (x, _) in zip(steps, batches):
+    for step, (x, _) in enumerate(batches, last + 1):
         generator = make_generator(device, "corrupt", args.seed, step, RANK)
-        x_tilde, num_partial = corrupt_batch(x, args.task.split(","), generator, vars(args),
-                                             step + RANK * len(x), args.partial_share)
+        batch = corrupt_batch(x, tasks, generator, vars(args), step + RANK * len(x))
         with autocast(device):
-            loss = module(x, x_tilde, num_partial)  # Eq. (3) and (4)
+            loss = module(*batch)  # Eq. (3) and (4)
         pretrainer.zero_grad()
         loss.backward()  # back through dE/dx; DistributedDataParallel averages
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = update_parameters(args, optimizers, step)
         save = step % args.save_every == 0 or step == args.max_steps
+        losses.append(loss.detach())
         if save or step % 50 == 0 or step == 1:
-            if not math.isfinite(loss.item() + norm.item()):
-                raise UserError(f"step {step}: loss {loss.item()}; not saved; lower --lr")
+            mean = torch.stack(losses).mean().item()  # since the last record
+            if not math.isfinite(mean + norm.item()):
+                raise UserError(f"step {step}: loss {mean}; not saved; lower --lr")
             speed, last, start = (step - last) / (time.time() - start), step, time.time()
-            log.append({"step": step, "loss": loss.item(), "gradient_norm": norm.item(),
+            losses.clear()
+            log.append({"step": step, "loss": mean, "gradient_norm": norm.item(),
                         "lr": rate, "images_per_second": args.batch_size * speed})
             print0(*(f"{name} {value:<9.4g}" for name, value in log[-1].items()),
                    f"{(args.max_steps - step) / speed / 60:.1f} minutes left")
@@ -650,19 +738,55 @@ def pretrain(args, device):
 
 # ==== 10. Use of the weights =========================================
 # Did pretraining pay? Compare a classifier from a checkpoint with one from scratch.
+@torch.no_grad()
+def run_over(model, args, pairs, device, count):
+    """The model's outputs (count, ...) of the first images, cropped in the middle, and labels."""
+    batches = image_batches(args, pairs, device, 32, range(math.ceil(count / 32)), "held out")
+    with autocast(device):
+        outputs, labels = zip(*[(model(x), labels) for x, labels in batches])
+    return torch.cat(outputs)[:count].float(), torch.cat(labels)[:count]
+
+def fit_probe(classifier, features, labels):
+    """Logistic regression on fixed features (M, D). L-BFGS needs no learning rate."""
+    _, norm, linear = classifier
+    norm.momentum = 1.0  # keep the statistics of this one batch of all images
+    features = norm(features)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=300, line_search_fn="strong_wolfe")
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(linear(features), labels) + 1e-3 * linear.weight.square().sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+
 def finetune(args, device):
     """Train a classifier on a checkpoint's network, or on a new one: {"accuracy": share}."""
     pairs, held_out, num_classes = open_data(args)
     if num_classes < 2:
         raise UserError(f"--data {args.data}: --finetune needs a folder for each of its classes")
     model = build_pretrainer(args, pairs, device).model.requires_grad_(not args.freeze)
-    model.forward, dim = model.represent, model.head.in_features  # the energy has no part
-    classifier = nn.Sequential(  # normalised, so that one learning rate fits all networks
-        model, nn.BatchNorm1d(dim, affine=False), nn.Linear(dim, num_classes)).to(device)
+    model.forward = model.represent  # the energy has no part
+    norm = nn.BatchNorm1d(model.num_features, affine=False)  # one learning rate fits all networks
+    linear = nn.Linear(model.num_features, num_classes)
+    classifier = nn.Sequential(model, norm, linear).to(device)
+    if args.freeze:
+        count = len(pairs or range(5000))
+        fit_probe(classifier, *run_over(model, args, pairs, device, count))
+    else:
+        train_classifier(args, classifier, pairs, device)
+    classifier.eval()  # the norm's running statistics, not a batch's
+    count = min(args.eval_images, len(held_out or range(args.eval_images)))
+    scores, labels = run_over(classifier, args, held_out, device, count)
+    metrics = {"accuracy": (scores.argmax(1) == labels).float().mean().item()}
+    print(f"{metrics['accuracy']:.1%} of {count} held-out images are classified right")
+    write_file(args, "classifier.pt", lambda file: torch.save(classifier.state_dict(), file))
+    write_file(args, "metrics.json", lambda file: file.write(json.dumps(metrics).encode()))
+    return metrics
+
+def train_classifier(args, classifier, pairs, device):
     optimizers = build_optimizers(classifier, args.weight_decay)
-    steps = range(1, args.max_steps + 1)
-    batches = image_batches(args, pairs, device, args.batch_size, steps, "train")
-    for step, (x, labels) in zip(steps, batches):
+    batches = image_batches(args, pairs, device, args.batch_size, range(args.max_steps), "train")
+    for step, (x, labels) in enumerate(batches, 1):
         with autocast(device):
             loss = F.cross_entropy(classifier(x), labels)
         classifier.zero_grad()
@@ -672,16 +796,6 @@ def finetune(args, device):
             if not math.isfinite(loss.item()):
                 raise UserError(f"step {step}: loss {loss.item()}; lower --lr")
             print(f"step {step}/{args.max_steps}  loss {loss.item():.4f}", flush=True)
-    classifier.eval()  # the norm's running statistics, not a batch's
-    count = min(args.eval_images, len(held_out or range(args.eval_images)))
-    with torch.no_grad(), autocast(device):
-        hits = [classifier(x).argmax(1) == labels for x, labels in image_batches(
-            args, held_out, device, 32, range(math.ceil(count / 32)), "held out")]
-    metrics = {"accuracy": torch.cat(hits)[:count].float().mean().item()}
-    print(f"{metrics['accuracy']:.1%} of {count} held-out images are classified right")
-    write_file(args, "classifier.pt", lambda file: torch.save(classifier.state_dict(), file))
-    write_file(args, "metrics.json", lambda file: file.write(json.dumps(metrics).encode()))
-    return metrics
 
 # ==== 11. Command line ===============================================
 CPU = {"model": "nano", "image_size": 32, "batch_size": 32, "lr": 8.5e-3,
@@ -689,7 +803,6 @@ CPU = {"model": "nano", "image_size": 32, "batch_size": 32, "lr": 8.5e-3,
 GPU = {"model": "small", "image_size": 224, "batch_size": 128 * WORLD_SIZE, "lr": 1.5e-3,
        "max_steps": 2000, "epochs": 100, "save_every": 500, "compile": True}
 FINETUNE = {"lr": 2e-3, "max_steps": 600, "epochs": None, "eval_images": 5000}
-PROBE = FINETUNE | {"lr": 3.5e-2}
 NETWORK = ("model", "image_size", "patch_size", "alpha", "data", "augment")  # go with weights
 
 def build_parser():
@@ -718,9 +831,8 @@ def build_parser():
     add("--restore-steps", type=int, default=1, help="K, steps down the energy")
     add("--alpha", type=float, default=256.0, help="restoration's step size")
     add("--order-weight", type=float, default=0.007, help="w in Eq. (4)")
-    add("--partial-share", type=float, default=0.1, help="of a process's images, corrupted in part")
-    add("--mask-ratio", type=float, default=0.5, help="mim: share of hidden blocks")
-    add("--mask-grid", type=int, help="mim: blocks a side; default: 8 or fewer, whole patches")
+    add("--partial-share", type=float, default=0.05, help="of a process's images, corrupted in part")
+    add("--mask-ratio", type=float, default=0.6, help="mim: share of hidden patches")
     add("--sort-grid", type=int, help="sort: pieces a side; default: 7 or fewer, whole patches")
     add("--sr-factor", type=int, default=4, help="sr: how many times smaller")
     add("--noise-std", type=float, default=0.5, help="denoise: pixels in [-1, 1]")
@@ -746,7 +858,7 @@ def parse_args(argv):
     typed = parser.parse_args(argv)  # it decides on the defaults: parse again
     name = {None: typed.task, "scratch": "scratch"}.get(typed.finetune, "finetune")
     parser.set_defaults(out=f"runs/{name}", **(GPU if typed.device == "cuda" else CPU))
-    parser.set_defaults(**({} if not typed.finetune else PROBE if typed.freeze else FINETUNE))
+    parser.set_defaults(**(FINETUNE if typed.finetune else {}))
     args = parser.parse_args(argv)
     weights = args.init or {"scratch": None}.get(args.finetune, args.finetune)
     weights = f"{args.out}/checkpoint.pt" if args.evaluate else weights
@@ -766,7 +878,6 @@ def parse_args(argv):
     args.patch_size = args.patch_size or (4 if args.image_size < 128 else 16)
     patches = args.image_size // args.patch_size
     grids = [n for n in range(1, 9) if patches % n == 0]  # of whole patches
-    args.mask_grid = args.mask_grid or grids[-1]
     args.sort_grid = args.sort_grid or max(n for n in grids if n < 8)
     if not args.eval_images:  # at most a tenth of the run's time
         args.eval_images = min(256, 8 + (args.max_steps or 2**20) * args.batch_size // 100)
@@ -787,12 +898,12 @@ def check_args(args):
           f"choose from {', '.join(VIT_SIZES)}, or a classifier of torchvision")
     tasks = set() if args.finetune else set(args.task.split(","))
     check("task", tasks <= set(TASKS), f"choose from {', '.join(TASKS)}, or all")
-    for name, used in (("patch_size", args.model in VIT_SIZES), ("mask_grid", "mim" in tasks),
+    for name, used in (("patch_size", args.model in VIT_SIZES), ("patch_size", "mim" in tasks),
                        ("sort_grid", "sort" in tasks), ("sr_factor", "sr" in tasks)):
         check(name, not used or 1 < getattr(args, name) and
               args.image_size % getattr(args, name) == 0, "must be above 1 and divide --image-size")
-    check("mask_ratio", "mim" not in tasks or 0.5 < args.mask_ratio * args.mask_grid**2 <
-          args.mask_grid**2 - 0.5, f"of {args.mask_grid**2} blocks, hides none or all")
+    check("mask_ratio", "mim" not in tasks or 0 < count_hidden(
+          args.image_size, args.mask_ratio, args.patch_size) < (args.image_size // args.patch_size)**2, "hides no patch or all")
     check("partial_share", args.partial_share < 1, "must be below 1")
     check("epochs", args.data != "procedural" or not args.epochs, "is for --data")
     check("freeze", args.finetune or not args.freeze, "is for --finetune")
