@@ -358,13 +358,8 @@ class Pretrainer(nn.Module):
         return loss
 
 VIT_SIZES = {  # name: (width D, depth, heads h)
-    "nano": (96, 1, 3),
-    "mini": (96, 4, 3),
-    "tiny": (192, 12, 3),
-    "small": (384, 12, 6),
-    "base": (768, 12, 12),
-    "large": (1024, 24, 16),
-}
+    "nano": (96, 1, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3),
+    "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def build_model(name, image_size, patch_size):
     """An energy by its name. A network of your own would be made here."""
@@ -740,8 +735,8 @@ def psnr(y, x):
 def evaluate(pretrainer, x, tasks, options, chunk=32):
     """{task: {metric: value}}, {task: iterates} of images x (M, 3, S, S).
 
-    psnr_clean: of a clean image after a step. psnr_corrupted, and psnr_step_k after step
-    k: of all pixels, for mim of the hidden ones. order: share of images lower clean than
+    psnr_clean: of a clean image after a step. psnr_corrupted, psnr_step_k after step k:
+    of all pixels, for mim of the hidden ones. order: share of images lower clean than
     corrupted; order_quarter: than a quarter corrupted; auroc: share of all pairs of a
     clean and a corrupted image, ties half.
     """
@@ -787,7 +782,7 @@ def draw_picture(energy_fn, x, iterates):
     side = max(88, x.shape[3])
     left, width, height = 78, side + 4, side + 18
     num_steps = len(next(iter(iterates.values()))) - 1
-    names = ["clean", "corrupted", *["-alpha dE/dx"] * num_steps]
+    names = ["clean", "corrupted", *["restored"] * num_steps]
     columns = [(task, i) for task in iterates for i in range(len(x[:2]))]
     size = left + width * len(columns), 16 + height * len(names)
     picture = Image.new("RGB", size, "white")
@@ -796,8 +791,9 @@ def draw_picture(energy_fn, x, iterates):
         middle = 16 + height * row + side // 2
         draw.text((2, middle - 6), name, fill="black")
         if row > 1:  # an arrow from the row above
-            draw.line((36, middle - height + 12, 36, middle - 16), fill="black")
-            draw.regular_polygon((36, middle - 16, 5), 3, 180, fill="black")
+            draw.text((2, middle - 34), "- alpha dE/dx", fill="black")
+            draw.line((36, middle - height + 12, 36, middle - 46), fill="black")
+            draw.regular_polygon((36, middle - 44, 5), 3, 180, fill="black")
     for column, (task, i) in enumerate(columns):
         images = torch.stack([x[i], *(x_k[i] for x_k in iterates[task])])  # K+2 of them
         tiles = F.interpolate(images, size=(side, side), mode="bicubic")
@@ -975,7 +971,7 @@ def data_path(name):
     """The whole path of what exists, else a name, as cifar10."""
     return os.path.realpath(path(name)) if os.path.exists(path(name)) else name
 
-FLAGS = [  # name, type, default, meaning; None: see below
+FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see below
     ("task", str, "all", f"{', '.join(TASKS)}, a comma list, or all"),
     ("evaluate", bool, False, "train nothing: table and picture of --out"),
     ("finetune", path, None, "train a classifier: a checkpoint.pt, or scratch"),
@@ -984,10 +980,10 @@ FLAGS = [  # name, type, default, meaning; None: see below
     ("device", str, None, "cpu or cuda; default: cuda, if there is one"),
     ("data", data_path, "procedural", "folder, image file or cifar10"),
     ("labels", int, None, "train on so many images only, of each class alike"),
-    ("image_size", int, None, "side in pixels"),
+    ("image_size", int, (32, 224), "side in pixels"),
     ("augment", bool, True, "random crops and flips"),
     ("workers", int, min(8, os.cpu_count()), "decoders per process"),
-    ("model", str, None, f"size of the ViT: {', '.join(VIT_SIZES)}"),
+    ("model", str, ("nano", "small"), f"size of the ViT: {', '.join(VIT_SIZES)}"),
     ("patch_size", int, None, "default: 4 below 128 pixels, else 16"),
     ("restore_steps", int, 1, "K, steps down the energy"),
     ("alpha", float, 256.0, "restoration's step size"),
@@ -997,33 +993,30 @@ FLAGS = [  # name, type, default, meaning; None: see below
     ("sort_grid", int, None, "sort: pieces a side; default: 4, or more to divide"),
     ("sr_factor", int, 4, "sr: how many times smaller"),
     ("noise_std", float, 0.5, "denoise: pixels in [-1, 1]"),
-    ("max_steps", int, None, "optimiser steps"),
-    ("epochs", float, None, "over --data, instead of --max-steps"),
-    ("batch_size", int, None, "images a step, of all processes together"),
-    ("lr", float, None, "peak learning rate, whatever the batch"),
+    ("max_steps", int, (1500, 2000), "optimiser steps; for --finetune 600"),
+    ("epochs", float, (None, 100), "over --data, instead of --max-steps"),
+    ("batch_size", int, (32, 128 * WORLD_SIZE), "images a step, of all processes"),
+    ("lr", float, (8.5e-3, 1.5e-3), "peak learning rate, whatever the batch; for "
+                                    "--finetune 0.002"),
     ("weight_decay", float, 0.05, "not of biases, norms and positions"),
     ("seed", int, 0, "of all that is random"),
-    ("save_every", int, None, "steps between checkpoints"),
-    ("eval_images", int, 256, "held-out images to measure on"),
-    ("compile", bool, None, "torch.compile the loss"),
+    ("save_every", int, (100, 500), "steps between checkpoints"),
+    ("eval_images", int, 256, "held-out images to measure on; for --finetune 5000"),
+    ("compile", bool, (False, True), "torch.compile the loss"),
 ]
-ON_CPU = {"model": "nano", "image_size": 32, "batch_size": 32, "lr": 8.5e-3,
-          "max_steps": 1500, "save_every": 100, "compile": False}
-ON_GPU = {"model": "small", "image_size": 224, "batch_size": 128 * WORLD_SIZE,
-          "lr": 1.5e-3, "max_steps": 2000, "epochs": 100, "save_every": 500,
-          "compile": True}
 FINETUNE = {"lr": 2e-3, "max_steps": 600, "epochs": None, "eval_images": 5000}
 OF_A_NETWORK = ["model", "image_size", "patch_size", "alpha", "data", "augment"]
 OF_A_CALL = ["evaluate", "finetune", "freeze", "out", "device", "workers", "compile"]
 
 def build_parser():
     """A parser that invents nothing: what is not typed is not there."""
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, epilog=(
-        f"Defaults on a CPU: {ON_CPU}; on GPUs, epochs with --data only: {ON_GPU}; "
-        f"with --finetune: {FINETUNE}."))
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     for name, kind, default, meaning in FLAGS:
         flag = "--" + name.replace("_", "-")
-        meaning += f"; default: {default}" if default else ""
+        if isinstance(default, tuple):
+            meaning += f"; default: {default[0]}, on GPUs {default[1]}"
+        elif default:
+            meaning += f"; default: {default}"
         if kind is bool:
             kind = argparse.BooleanOptionalAction
             parser.add_argument(flag, action=kind, help=meaning)
@@ -1040,11 +1033,13 @@ def parse_args(argv=None):
     """What was typed, over a checkpoint's configuration (all of it for --evaluate, the
     network and its data for --finetune), over the defaults for the device."""
     typed = vars(build_parser().parse_args(argv))
-    args = argparse.Namespace(**{name: default for name, _, default, _ in FLAGS})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = typed.setdefault("device", device) == "cuda"
+    args = argparse.Namespace(**{
+        name: default[on_gpu] if isinstance(default, tuple) else default
+        for name, _, default, _ in FLAGS})
     config = vars(args)
-    config.update(typed)  # it decides on the defaults
-    if args.device is None:
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    config.update(typed)  # it decides on the rest
     if args.out is None:
         args.out = f"runs/{args.task}"
         if args.finetune:
@@ -1053,7 +1048,6 @@ def parse_args(argv=None):
     if args.evaluate:
         args.weights = os.path.join(args.out, "checkpoint.pt")
 
-    config.update(ON_GPU if args.device == "cuda" else ON_CPU)
     config.update(FINETUNE if args.finetune else {})
     if args.weights:
         saved = load_checkpoint(args.weights)["config"]

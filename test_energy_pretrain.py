@@ -1,8 +1,9 @@
 """Tests of energy_pretrain.py, in its order; the names of the tests are its specification.
 
-`pytest -q` runs them on a CPU, without a network. `python test_energy_pretrain.py` prints what a
-training step costs, `python test_energy_pretrain.py curves [OUT]` draws energies of a trained run,
-`python test_energy_pretrain.py mae` (or simmim) pretrains the usual way, to compare.
+`pytest -q` runs them on a CPU, without a network. What the README measures beside the script:
+`python test_energy_pretrain.py curves [OUT]` draws the energies of a trained run, and
+`python test_energy_pretrain.py mae` (or simmim), with the script's own flags, pretrains the
+usual way, to compare.
 """
 import argparse
 import importlib.util
@@ -11,7 +12,6 @@ import math
 import os
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 import torchvision
 from hypothesis import given, settings, strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import flop_registry
@@ -950,7 +950,7 @@ def test_defaults_follow_the_device_the_purpose_and_what_was_typed(tmp_path):
     spelled = parsed("data", "--data", f"{tmp_path}/../{tmp_path.name}")
     assert spelled == (os.path.realpath(tmp_path),)
     help = " ".join(ep.build_parser().format_help().split())
-    assert "w in Eq. (4); default: 0.007" in help and "'model': 'small'" in help
+    assert "w in Eq. (4); default: 0.007" in help and "default: nano, on GPUs small" in help
 
 @pytest.mark.parametrize("size, grid", [(32, 4), (224, 7), (208, 13), (352, 11), (16, 4), (8, 2)])
 def test_sort_cuts_whole_patches_at_least_four_a_side(size, grid):
@@ -976,54 +976,36 @@ def test_a_bug_keeps_its_traceback(capsys, monkeypatch, error, message):
         with pytest.raises(RuntimeError, match="a bug"):
             ep.main(TINY)
 
-# ==== Benchmark ==============================================================
-def benchmark(model="tiny", image_size=32, batch_size=8, repetitions=10):
-    """Print the time of training steps side by side: the medians of alternating repetitions."""
-    device = ep.choose_device("cuda" if torch.cuda.is_available() else "cpu")
-    x = torch.rand(batch_size, 3, image_size, image_size, device=device)
-    energy = ep.build_model(model, image_size, 4 if image_size < 128 else 16).to(device)
-    torch.nn.init.normal_(energy.head.weight)
-    pretrainer = ep.Pretrainer(energy).to(device)
-    classifier = torch.nn.Linear(energy.num_features, 1000).to(device)
-    supervised = lambda: classifier(energy.represent(x)).logsumexp(1).mean()
-    rows = {"supervised": supervised, "supervised, compiled": torch.compile(supervised),
-            "energy": lambda: pretrainer(x, x / 2),
-            "energy, compiled": torch.compile(lambda: pretrainer(x, x / 2), fullgraph=True)}
-    seconds = {name: [] for name in rows}
-    for name, loss in list(rows.items()) * (repetitions + 3):       # the first 3 rounds warm up
-        start = time.perf_counter()
-        with ep.autocast(device):
-            value = loss()
-        value.backward()
-        value.item()                                                # waits for the GPU
-        seconds[name].append(time.perf_counter() - start)
-    median = {name: sorted(times[3:])[repetitions // 2] for name, times in seconds.items()}
-    print(f"{model}, {image_size} px, batch {batch_size}, {device}, torch {torch.__version__}")
-    for name, value in median.items():
-        print(f"{name:<24}{value * 1e3:9.1f} ms{value / median['supervised, compiled']:7.2f}")
-
+# ==== Curves =================================================================
 def energy_curves(out="runs/all"):
-    """Draw OUT/energies.png: the mean energy of 64 held-out images (red) from clean to corrupted,
-    over |x_tilde - x|^2 / (2 alpha); if every step restored perfectly, a parabola (grey)."""
+    """Draw OUT/energies.png: how the mean energy of 64 held-out images rises from clean to
+    corrupted, as a share of the whole rise. Drawn at four times the size, and reduced."""
     args = ep.parse_args(["--evaluate", "--out", out])
     device = ep.choose_device(args.device)
-    data = ep.open_data(args)
-    pretrainer = ep.build_pretrainer(args, device).requires_grad_(False)
-    x, _ = next(ep.image_batches(args, data.held_out, device, 64, [0], "held out"))
-    picture, strengths = Image.new("RGB", (1000, 230), "white"), torch.linspace(0, 1, 21).tolist()
-    draw = ImageDraw.Draw(picture)
-    for i, task in enumerate(args.task.split(",")):
+    energy = ep.load_energy(args.weights).to(device)
+    x, _ = next(ep.image_batches(args, ep.open_data(args).held_out, device, 64, [0], "held out"))
+    picture = Image.new("RGB", (2800, 1440), "white")
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(60)
+    def place(share, height):
+        return 200 + 2500 * share, 1200 - 1080 * height
+    draw.line([place(0, 1), place(0, 0), place(1, 0)], fill="black", width=5)
+    draw.line([place(0.25, 0), place(0.25, 1)], fill="lightgrey", width=5)
+    draw.text(place(0.26, 0.99), "a quarter", fill="grey", font=font)
+    draw.text(place(0.3, -0.11), "share of the corruption", fill="black", font=font)
+    draw.text(place(0.01, 1.08), "(E - E(clean)) / (E(corrupted) - E(clean))", fill="black", font=font)
+    for value in (0, 1):
+        draw.text(place(value - 0.01, -0.02), str(value), fill="black", font=font)
+        draw.text(place(-0.03, value + 0.03), str(value), fill="black", font=font)
+    colours = ["firebrick", "darkorange", "seagreen", "royalblue", "purple"]
+    for i, (task, colour) in enumerate(zip(args.task.split(","), colours)):
         x_tilde = ep.corrupt(x, task, ep.make_generator(device, "curves", task), vars(args))
-        ideal = (x_tilde - x).square().flatten(1).sum(1).mean() / (2 * pretrainer.alpha)
-        energies = [pretrainer.model(x.lerp(x_tilde, s)).mean() for s in strengths]
-        def curve(heights, **style):
-            draw.line([(20 + 195 * i + 170 * s, 195 - 170 * float(h))
-                       for s, h in zip(strengths, heights)], **style)
-        curve([0] * 21, fill="black")
-        curve([s**2 for s in strengths], fill="grey", width=2)
-        curve([(energy - energies[0]) / ideal for energy in energies], fill="firebrick", width=3)
-        draw.text((20 + 195 * i, 205), f"{task}: clean ... corrupted", fill="black")
-    picture.save(os.path.join(out, "energies.png"))
+        shares = torch.linspace(0, 1, 21).tolist()
+        # at 1 hidden patches would join late: that is another way to the energy
+        mean = torch.stack([energy(x.lerp(x_tilde, min(s, 0.999))).mean() for s in shares])
+        heights = ((mean - mean[0]) / (mean[-1] - mean[0])).tolist()
+        draw.line([place(*point) for point in zip(shares, heights)], fill=colour, width=12)
+        draw.text(place(0.05, 0.95 - 0.08 * i), task, fill=colour, font=font)
+    picture.resize((700, 360), Image.Resampling.LANCZOS).save(os.path.join(out, "energies.png"))
 
 # ==== Peers ==================================================================
 class MaskedAutoencoder(torch.nn.Module):
@@ -1072,10 +1054,9 @@ def peer(method, *argv):
     ep.train(args, ep.build_pretrainer(args, device), data.train, device)
 
 if __name__ == "__main__":
-    what = {"benchmark": benchmark, "curves": energy_curves, "simmim": partial(peer, "simmim"),
-            "mae": partial(peer, "mae")}
+    what = {"curves": energy_curves, "simmim": partial(peer, "simmim"), "mae": partial(peer, "mae")}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=what, nargs="?", default="benchmark")
+    parser.add_argument("what", choices=what)
     args, others = parser.parse_known_args()
     what[args.what](*others)
