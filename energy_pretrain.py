@@ -4,10 +4,10 @@ One vision network is an energy: its forward pass gives one number per image, lo
 data. Its backward pass restores: a corrupted image steps down the energy, to where the
 network expects the clean one.
 
-    E(x)                               one number per image: the forward pass      (1)
-    x_{k+1} = x_k - alpha dE/dx(x_k)   the backward pass: K steps from x_tilde     (2)
-    loss = mean_k d(x_k, x)            every step should end at the clean image x  (3)
-         + w relu(1/4 - r)             r: how much E rises from x to x_tilde       (4)
+    E(x)                              one number per image: the forward pass         (1)
+    x_{k+1} = x_k - alpha dE/dx(x_k)  the backward pass: K steps from x_tilde        (2)
+    loss = mean_k d(x_k, x)           every step should end at the clean image x     (3)
+         + w relu(1/4 - r)            r: E's rise from x, over a perfect restorer's  (4)
 
 (1) to (3) are the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised
 Pretraining for Vision Models, ICLR 2023). (4) is ours: a network that learns only to
@@ -73,7 +73,7 @@ def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
     iterates = [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = iterates[-1].detach()  # no gradient from a step to the one before it
+            x = iterates[-1].detach()  # each step learns alone, not through the next
             iterates.append(x - alpha * gradient(x))  # Eq. (2)
     return torch.stack(iterates[1:])
 
@@ -90,9 +90,9 @@ def restoration_loss(x_hat, x, x_tilde):
 def order_loss(energy_fn, x, x_s, alpha):
     """Eq. (4) for images x_s on the way from x to x_tilde.
 
-    If every step from there ended at x, dE/dx would be (x_s - x) / alpha, and the rise
-    E(x_s) - E(x) would be |x_s - x|^2 / (2 alpha). r is the real rise over this one.
-    Real steps fall short of x, so a quarter is asked for.
+    If a step from any point of this way ended at x, dE/dx would be (x_s - x) / alpha
+    there, and the rise E(x_s) - E(x) would be |x_s - x|^2 / (2 alpha). r is the real
+    rise over this one. Real steps fall short of x, so a quarter is asked for.
     """
     full_rise = (x_s - x).square().flatten(1).sum(1) / 2  # times alpha, (B,)
     above, below = energy_fn(torch.cat([x_s, x])).chunk(2)
@@ -110,7 +110,7 @@ def hide_patches(x, generator, mask_ratio, patch_size, **_):
     """Masked image modelling: hide a share of the patches.
 
     A hidden patch is one of zeros, and no other is: 8-bit pixels scaled to [-1, 1] are
-    odd multiples of 1/255.
+    odd multiples of 1/255, and a drawn patch is never zero all over.
     """
     side = x.shape[2] // patch_size
     num_hidden = count_hidden(x.shape[2], mask_ratio, patch_size)
@@ -161,7 +161,8 @@ def corrupt_batch(x, tasks, generator, options, turn=0):
 
     Image i of x (B, 3, S, S) gets task turn + i, round and round. The first num_partial
     are corrupted only in part, by a share u^2, mostly a little; else restoration would
-    not learn to leave alone what is nearly clean. Of the others, masked ones come last.
+    not learn to leave alone what is nearly clean. The others are sorted: masked ones,
+    num_masked of num_hidden hidden patches each, come last.
     """
     num_partial = math.ceil(options["partial_share"] * len(x))
     dealt = [tasks[(turn + i) % len(tasks)] for i in range(len(x))]
@@ -183,10 +184,10 @@ def corrupt_batch(x, tasks, generator, options, turn=0):
     return x, x_tilde, num_partial, num_masked, num_hidden
 
 # ==== 3. The energy ==============================================================
-# A network of your own needs ViT's `forward`, `represent` and `num_features`. No image
-# of a batch may change another's energy, so batch norm must be in evaluation mode. What
-# has no part in dE/dx, as a last bias, must be frozen: it gets no gradient, for which
-# DistributedDataParallel would wait in vain.
+# A network of your own needs ViT's `forward`, `represent` and `num_features`; what is
+# called head.* is not for others. No image of a batch may change another's energy, so
+# batch norm must be in evaluation mode. What has no part in dE/dx must be frozen, since
+# DistributedDataParallel fails where a gradient is missing.
 
 class Attention(nn.Module):
     """Multi-head self-attention by hand: fused kernels have no second derivative."""
@@ -251,10 +252,10 @@ class ReadOut(nn.Module):
 class ViT(nn.Module):
     """A Vision Transformer under timm's names, and the read-out `head`: Eq. (1).
 
-    Hidden patches join late (ours): only what is seen walks through the blocks, then
-    they join for the read-out. So what they need must stand in the features of what is
-    seen, and these are what one pretrains for. If hidden patches walked along, they
-    would read it on the way, and the last features would serve nobody.
+    Hidden patches join late (ours): only seen ones pass the blocks, then the hidden
+    ones join for the read-out. So all that they need must stand in the features of the
+    seen ones, and these are what one pretrains for. If all passed the blocks, hidden
+    patches would take what they need layer by layer, and the last features be idle.
     """
     def __init__(self, image_size, patch_size, dim, depth, num_heads):
         super().__init__()
@@ -309,7 +310,7 @@ class ViT(nn.Module):
         if num_hidden == 0:
             return self.head(p, self.encode(p))
 
-        # What is seen is given: dE/dx is 0 there, the inner gradient skips the blocks.
+        # What is seen is given: dE/dx is 0 there, and no inner gradient enters a block.
         given = self.embed(x.detach())
         hidden = self.find_hidden(x)
         p = torch.where(hidden.unsqueeze(2), p, given)
@@ -338,7 +339,7 @@ class Pretrainer(nn.Module):
         The first num_partial enter Eq. (4). The last num_masked have num_hidden hidden
         patches each; after a step they are whole, too.
         """
-        def whole(y):
+        def whole(y):  # numbers given, not found: torch.compile cannot look
             return self.model(y, 0)
 
         def as_dealt(y):
@@ -590,8 +591,8 @@ def crop_keys(num_images, batch_size, steps, key, rank, world):
 
 def image_batches(args, pairs, device, batch_size, steps, purpose, rank=0, world=1):
     """Yield this process's images (B, 3, S, S) and labels (B,) for each step. purpose
-    is part of the seed. Held-out images are cropped as those trained on, but in the
-    middle for a classifier, and if there is just one, a person's own."""
+    is part of the seed. Held-out images are cropped at random, as in training, but in
+    the middle for a classifier, and a person's single picture."""
     if pairs is None:
         for step in steps:
             generator = make_generator(device, purpose, args.seed, step, rank)
@@ -650,7 +651,8 @@ def update_parameters(args, optimizers, step):
 
 # ==== 7. Checkpoints =============================================================
 # Plain dicts of tensors, numbers and strings: loading one can run no code. Pretraining
-# that was interrupted goes on if the same command is given again; these may differ.
+# that was interrupted goes on if the same command is given again; these flags may
+# differ (that the images are the same shows in their names).
 MAY_DIFFER = ("out", "data", "device", "workers", "compile", "lr", "save_every",
               "eval_images")
 
@@ -948,7 +950,7 @@ def finetune(args, data, device):
     linear = nn.Linear(model.num_features, data.num_classes)
     classifier = nn.Sequential(model, norm, linear).to(device)
     if args.freeze:
-        count = len(data.train or range(5000))
+        count = len(data.train)
         fit_probe(norm, linear, *run_over(model, args, data.train, device, count))
     else:
         fit_classifier(args, classifier, data.train, device)
@@ -964,22 +966,22 @@ def finetune(args, data, device):
 
 # ==== 11. Command line ===========================================================
 
-def path(name):
-    return os.path.expanduser(name)
+home_path = os.path.expanduser  # ~ is the home folder, also where no shell says so
 
 def data_path(name):
     """The whole path of what exists, else a name, as cifar10."""
-    return os.path.realpath(path(name)) if os.path.exists(path(name)) else name
+    path = home_path(name)
+    return os.path.realpath(path) if os.path.exists(path) else name
 
 FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see below
     ("task", str, "all", f"{', '.join(TASKS)}, a comma list, or all"),
     ("evaluate", bool, False, "train nothing: table and picture of --out"),
-    ("finetune", path, None, "train a classifier: a checkpoint.pt, or scratch"),
+    ("finetune", home_path, None, "train a classifier: a checkpoint.pt, or scratch"),
     ("freeze", bool, False, "--finetune only a linear probe"),
-    ("out", path, None, "folder; default: runs/TASK, runs/finetune or runs/scratch"),
+    ("out", home_path, None, "folder; default: runs/TASK, /finetune or /scratch"),
     ("device", str, None, "cpu or cuda; default: cuda, if there is one"),
     ("data", data_path, "procedural", "folder, image file or cifar10"),
-    ("labels", int, None, "train on so many images only, of each class alike"),
+    ("labels", int, None, "train on so many images in all, classes balanced"),
     ("image_size", int, (32, 224), "side in pixels"),
     ("augment", bool, True, "random crops and flips"),
     ("workers", int, min(8, os.cpu_count()), "decoders per process"),
@@ -990,7 +992,7 @@ FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see belo
     ("order_weight", float, 0.007, "w in Eq. (4)"),
     ("partial_share", float, 0.05, "of a process's images, corrupted in part"),
     ("mask_ratio", float, 0.6, "mim: share of hidden patches"),
-    ("sort_grid", int, None, "sort: pieces a side; default: 4, or more to divide"),
+    ("sort_grid", int, None, "sort: pieces a side; default: 4 or the next divisor"),
     ("sr_factor", int, 4, "sr: how many times smaller"),
     ("noise_std", float, 0.5, "denoise: pixels in [-1, 1]"),
     ("max_steps", int, (1500, 2000), "optimiser steps; for --finetune 600"),
@@ -1100,6 +1102,8 @@ def check_args(args):
     check("partial_share", args.partial_share < 1, "must be below 1")
     check("epochs", args.data != "procedural" or not args.epochs, "is for --data")
     check("freeze", args.finetune or not args.freeze, "is for --finetune")
+    check("freeze", not args.freeze or args.labels or args.data != "procedural",
+          "landscapes have no end: --labels says how many")
     check("evaluate", not args.evaluate or not args.finetune, "is not for --finetune")
     check("finetune", WORLD_SIZE == 1 or not args.finetune, "takes one process")
     check("batch_size", args.batch_size > 1 or not args.finetune, "--finetune needs 2")

@@ -900,6 +900,7 @@ def test_maes_loss_sees_nothing_of_hidden_patches():
     (["--finetune", "scratch", "--batch-size", "1"], "--batch-size 1: --finetune needs 2"),
     (["--device", "tpu"], "--device tpu: choose cpu or cuda"),
     (["--freeze"], "--freeze True: is for --finetune"),
+    (["--finetune", "scratch", "--freeze"], "--freeze True: landscapes have no end: --labels"),
     (["--data", "/no/such/photo.jpg"], "--data /no/such/photo.jpg: no image there (.jpg"),
     (["--out", "x" * 300], "File name too long")])
 def test_wrong_arguments_end_in_one_line(tmp_path, capsys, arguments, message):
