@@ -320,6 +320,13 @@ def test_the_loss_adds_the_order_of_the_first_images():
     assert expected > 0.1
     torch.testing.assert_close(pretrainer(x, x_tilde, 2) - pretrainer(x, x_tilde), 3 * expected)
 
+def test_the_second_step_begins_where_the_first_ended_with_a_whole_image():
+    pretrainer, x, x_tilde = ep.Pretrainer(tiny_vit(), 2.0, 2), images(0), hide(images(1), [9] * 3)
+    x_hat = ep.restore(pretrainer.model, x_tilde, 2.0, 2)
+    assert ((x_hat[0] != x_tilde) == (x_tilde == 0)).all() and (x_hat[1] != x_hat[0]).all()
+    expected = ep.restoration_loss(x_hat, x, x_tilde)
+    torch.testing.assert_close(pretrainer(x, x_tilde, 0, 3, 9), expected)
+
 class Counter(TorchDispatchMode):
     """Counts multiplications. (FlopCounterMode itself cannot look into torch.func.grad.)"""
     total = 0
