@@ -980,7 +980,7 @@ FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see belo
     ("freeze", bool, False, "--finetune only a linear probe"),
     ("out", home_path, None, "folder; default: runs/TASK, /finetune or /scratch"),
     ("device", str, None, "cpu or cuda; default: cuda, if there is one"),
-    ("data", data_path, "procedural", "folder, image, cifar10 or procedural landscapes"),
+    ("data", data_path, "procedural", "folder, image, cifar10 or drawn landscapes"),
     ("labels", int, None, "train on so many images in all, classes balanced"),
     ("image_size", int, (32, 224), "side in pixels"),
     ("augment", bool, True, "random crops and flips"),
