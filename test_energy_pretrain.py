@@ -866,6 +866,19 @@ def test_finetune_starts_from_the_checkpoint_and_freeze_keeps_it(tmp_path, freez
             for name, value in before.items() if "head" not in name]
     assert all(same) if freeze else sum(same) < len(same) / 4
 
+def test_the_probe_ends_where_logistic_regression_has_its_minimum():
+    """Of mean cross-entropy plus 1e-3 |w|^2 on standardised features; so no rate matters."""
+    features = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    labels = (features[:, 0] > 5).long()
+    norm, linear = torch.nn.BatchNorm1d(4, affine=False), torch.nn.Linear(4, 2)
+    ep.fit_probe(norm, linear, features, labels)
+    x = norm.eval()(features)       # by the statistics of all of them
+    torch.testing.assert_close(x.mean(0), torch.zeros(4), atol=1e-5, rtol=0)
+    loss = torch.nn.functional.cross_entropy(linear(x), labels)
+    loss = loss + 1e-3 * linear.weight.square().sum()
+    slopes = torch.autograd.grad(loss, list(linear.parameters()))
+    assert max(slope.abs().max() for slope in slopes) < 1e-3, slopes
+
 @pytest.mark.parametrize("method", ["simmim", "mae"])
 def test_peers_learn_and_can_be_finetuned(tmp_path, monkeypatch, method):
     monkeypatch.setattr(ep, "Pretrainer", ep.Pretrainer)            # peer replaces it
