@@ -137,7 +137,7 @@ CORRUPTIONS = {
 }
 TASKS = list(CORRUPTIONS)
 
-def corrupt_batch(x, tasks, generator, options, turn=0):
+def corrupt_batch(x, tasks, generator, options, turn):
     """What Pretrainer takes: (x, x_tilde, num_masked, num_hidden).
 
     Image i of x (B, 3, S, S) gets task turn + i, round and round. The first tenth
@@ -749,6 +749,8 @@ def wrap(args, pretrainer):
 
 def train(args, pretrainer, images, device):
     """Take the steps that OUT's checkpoint has not taken; none for --evaluate."""
+    if args.epochs:
+        args.max_steps = math.ceil(args.epochs * len(images) / args.batch_size)
     model, tasks = pretrainer.model, args.task.split(",")
     optimizers = build_optimizers(pretrainer, args.weight_decay)
     log = resume(args, model, optimizers)
@@ -918,8 +920,6 @@ def main(argv=None):
         device = choose_device(args.device)
         joined = join_processes(device)
         images, held_out, args.images = open_data(args)
-        if args.epochs:
-            args.max_steps = math.ceil(args.epochs * len(images) / args.batch_size)
         pretrainer = build_pretrainer(args, device)
         train(args, pretrainer, images, device)
         if joined:
