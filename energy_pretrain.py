@@ -622,10 +622,12 @@ def load_energy(path):
     return energy.requires_grad_(False)
 
 def resume(args, model, optimizers):
-    """Go on from OUT's checkpoint if there is one, and return its log."""
+    """Go on from OUT's checkpoint, if it took a step, and return its log."""
     path, log = os.path.join(args.out, "checkpoint.pt"), []
     if os.path.exists(path):
         saved = load_checkpoint(path)
+        log = saved["log"]
+    if log:
         for name, value in vars(args).items():
             fixed = name not in MAY_DIFFER
             if args.evaluate:
@@ -636,8 +638,6 @@ def resume(args, model, optimizers):
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        log = saved["log"]
-    if log:
         print0(f"{path}: step {log[-1]['step']}")
     if WORLD_SIZE > 1:
         records = [None] * WORLD_SIZE
@@ -648,7 +648,7 @@ def resume(args, model, optimizers):
 
 def save_checkpoint(args, model, optimizers, log):
     """Write log.jsonl, backbone.pt, which other programs load, and checkpoint.pt."""
-    backbone = {name: p for name, p in model.state_dict().items()
+    backbone = {name: p.cpu() for name, p in model.state_dict().items()
                 if not name.startswith("head.")}
     checkpoint = {"model": model.state_dict(), "config": vars(args), "log": log,
                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]}

@@ -596,6 +596,13 @@ def test_an_out_that_cannot_be_written_is_said_before_the_first_step(
     assert f"{tmp_path}/file/log.jsonl: cannot be written" in said
     assert (tmp_path / "file").read_text() == "kept"
 
+def test_a_run_that_took_no_step_may_begin_anew_with_other_flags(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.delattr(ep, "corrupt_batch")  # as if memory were too small
+        with pytest.raises(NameError):
+            run("--task", "sr", "--out", tmp_path)
+    assert run("--task", "sr", "--out", tmp_path, "--batch-size", 2)
+
 @pytest.mark.parametrize("data", ["procedural", "images"])
 def test_going_on_equals_never_having_stopped_bit_for_bit(
         tmp_path, data, monkeypatch, capsys):
