@@ -140,9 +140,9 @@ TASKS = list(CORRUPTIONS)
 def corrupt_batch(x, tasks, generator, options, turn):
     """What Pretrainer takes: (x, x_tilde, num_masked, num_hidden).
 
-    Image i of x (B, 3, S, S) gets task turn + i, round and round. The first tenth
-    (partial_share) is corrupted only in part, by a share u^2, mostly a little; else
-    nearly clean images may lie below clean ones, and a step spoils them. The others are
+    Image i of x (B, 3, S, S) gets task turn + i, round and round. The first ones, a
+    partial_share, are corrupted only in part, by u^2, mostly a little; else a step
+    spoils nearly clean images. (In mim alone they spoil the features.) The others are
     sorted: masked ones, num_masked of num_hidden hidden patches each, come last.
     """
     num_partial = min(math.ceil(options["partial_share"] * len(x)), len(x) - 1)
@@ -309,15 +309,14 @@ class Pretrainer(nn.Module):
     def forward(self, x, x_tilde, num_masked=0, num_hidden=0):
         """The loss of images (B, 3, S, S). The last num_masked have num_hidden hidden
         patches each; after a step they are whole, too."""
-        def whole(y):  # numbers given, not found: torch.compile cannot look
+        def whole(y):  # told what is hidden: torch.compile cannot look
             return self.model(y, 0)
 
         def as_dealt(y):
-            y, masked = y.split([len(y) - num_masked, num_masked])
-            return torch.cat([whole(y), self.model(masked, num_hidden)])
+            parts = zip(y.split([len(y) - num_masked, num_masked]), (0, num_hidden))
+            return torch.cat([self.model(part, n) for part, n in parts if len(part)])
 
-        energy = as_dealt if num_masked else whole
-        x_hat = restore(energy, x_tilde, self.alpha, create_graph=True)
+        x_hat = restore(as_dealt, x_tilde, self.alpha, create_graph=True)
         for _ in range(self.num_steps - 1):
             x_k = restore(whole, x_hat[-1], self.alpha, create_graph=True)
             x_hat = torch.cat([x_hat, x_k])
@@ -368,8 +367,8 @@ def join_processes(device):
     """Join the other processes; False if there are none, or the caller has done it."""
     if WORLD_SIZE == 1 or dist.is_initialized():
         return False
-    # All groups share one store. A name of its own keeps each from reading what an
-    # earlier group, or a process that died, left there (pytorch issue 135712).
+    # All groups share one store. Names keep each from reading what an earlier group,
+    # or a process that died, left there (pytorch issue 135712).
     GROUPS.append(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}-{len(GROUPS)}")
     store, _, _ = next(dist.rendezvous("env://"))
     dist.init_process_group(
@@ -527,7 +526,7 @@ def crop_keys(num_images, batch_size, steps, key, rank, world):
 
 def image_batches(args, images, device, batch_size, steps, purpose, rank=0, world=1):
     """Yield this process's images (B, 3, S, S) for each step. purpose is part of the
-    seed. Held-out images are cropped at random, too; a single one in the middle."""
+    seed. Held-out images are cropped at random; a single one in the middle."""
     if images is None:
         for step in steps:
             generator = make_generator(device, purpose, args.seed, step, rank)
@@ -543,7 +542,7 @@ def image_batches(args, images, device, batch_size, steps, purpose, rank=0, worl
 # ==== 6. Optimisers and schedule ======================================
 
 class WithoutBfloat16(TorchFunctionMode):
-    """torch's Muon computes in bfloat16, which most CPUs emulate, 20 times slower."""
+    """torch's Muon computes in bfloat16, which most CPUs must emulate."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.bfloat16 and args[0].device.type == "cpu":
@@ -553,7 +552,7 @@ class WithoutBfloat16(TorchFunctionMode):
 def build_optimizers(module, weight_decay):
     """[AdamW, Muon], Muon (Jordan et al., 2024) for the matrices of attention and MLPs.
     It turns momentum into roughly the nearest orthogonal matrix, so all directions move
-    equally far. AdamW alone needs several times the steps."""
+    equally far."""
     inner, decaying, others = [], [], []
     for name, p in module.named_parameters():
         if p.ndim == 2 and ("attn" in name or "mlp" in name):
@@ -798,7 +797,7 @@ def measure(args, pretrainer, images, device):
     count = args.eval_images
     if images is not None:
         count = min(count, len(images))
-    print(f"evaluating on {count} images", flush=True)
+    print0(f"evaluating on {count} images")
     x = next(image_batches(args, images, device, count, [0], "held out"))
     with autocast(device):
         metrics, iterates = evaluate(pretrainer, x, args.task.split(","), vars(args))
@@ -824,7 +823,7 @@ FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see belo
     ("patch_size", int, None, "default: 4 below 128 pixels, else 16"),
     ("restore_steps", int, 1, "K, steps down the energy"),
     ("alpha", float, 256.0, "restoration's step size"),
-    ("partial_share", float, 0.1, "of a process's images, corrupted in part"),
+    ("partial_share", float, None, "corrupted in part; default: 0.1, for mim alone 0"),
     ("mask_ratio", float, 0.6, "mim: share of hidden patches"),
     ("sort_grid", int, None, "sort: pieces a side; default: 4 or the next divisor"),
     ("sr_factor", int, 4, "sr: how many times smaller"),
@@ -872,6 +871,8 @@ def parse_args(argv=None):
 
     if args.task == "all":
         args.task = ",".join(TASKS)
+    if args.partial_share is None:
+        args.partial_share = 0.0 if args.task == "mim" else 0.1
     if args.patch_size is None:
         args.patch_size = 4 if args.image_size < 128 else 16
     if args.sort_grid is None:

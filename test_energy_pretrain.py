@@ -789,6 +789,7 @@ def test_compiled_and_distributed_gradients_equal_eager(monkeypatch, own_group):
         module = ep.wrap(args, pretrainer)
         assert bool(pretrainer._compiled_call_impl) == args.compile
         loss = module(images(0), hide(images(1), [0, 9, 9]), 2, 9)
+        loss = loss + module(images(0), hide(images(2), [9] * 3), 3, 9)
         loss.backward()
         results.append([loss, *(p.grad for p in pretrainer.parameters())])
     assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -874,6 +875,8 @@ def test_defaults_follow_the_device_and_what_was_typed(monkeypatch):
     assert parsed("--device", "cpu") == ("nano", 1500, False, "runs/all", "procedural")
     assert parsed(*on_gpu) == ("small", 7, True, "/home/me/run", "/home/me")
     assert "nano, on GPUs small" in ep.build_parser().format_help()
+    for task, share in (("mim", 0), ("mim,sr", 0.1), ("sr", 0.1)):
+        assert ep.parse_args(["--task", task]).partial_share == share
 
 @pytest.mark.parametrize("size, grid", [(32, 4), (224, 7), (208, 13), (8, 2)])
 def test_sort_cuts_whole_patches_at_least_four_a_side(size, grid):
