@@ -735,7 +735,7 @@ def test_the_picture_shows_two_images_a_task_above_their_energies():
     for row, colour in enumerate([255, 0, 0, 0]):
         assert picture.getpixel((130, 60 + 104 * row)) == (colour,) * 3
         assert picture.getpixel((130 + 2 * 104, 60 + 104 * row)) == (255,) * 3
-        for left, top, right, bottom in (0, 40, 76, 70), (92, 105, 180, 119):
+        for left, top, right, bottom in (0, 40, 76, 70), (404, 105, 492, 119):
             text = picture.crop((left, top + 104 * row, right, bottom + 104 * row))
             assert text.convert("L").getextrema()[0] < 100
 
