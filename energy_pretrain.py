@@ -823,7 +823,7 @@ FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see belo
     ("patch_size", int, None, "default: 4 below 128 pixels, else 16"),
     ("restore_steps", int, 1, "K, steps down the energy"),
     ("alpha", float, 256.0, "restoration's step size"),
-    ("partial_share", float, None, "corrupted in part; default: 0.1, for mim alone 0"),
+    ("partial_share", float, None, "partly corrupted share; default: 0.1, mim alone 0"),
     ("mask_ratio", float, 0.6, "mim: share of hidden patches"),
     ("sort_grid", int, None, "sort: pieces a side; default: 4 or the next divisor"),
     ("sr_factor", int, 4, "sr: how many times smaller"),

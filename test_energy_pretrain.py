@@ -303,6 +303,18 @@ def test_the_second_step_begins_where_the_first_ended_with_a_whole_image():
     expected = ep.restoration_loss(x_hat, x, x_tilde)
     assert_close(pretrainer(x, x_tilde, 3, 9), expected)
 
+@pytest.mark.parametrize("num_masked, calls", [
+    (0, [(3, 0)]), (1, [(2, 0), (1, 9)]), (3, [(3, 9)])])
+def test_whole_and_masked_images_go_apart_and_never_an_empty_batch(num_masked, calls):
+    seen = []
+
+    def energy(y, num_hidden):
+        seen.append((len(y), num_hidden))
+        return bowl(1.0)(y)
+
+    ep.Pretrainer(energy, 1.0)(images(0), images(1), num_masked, 9)
+    assert seen == calls
+
 class Counter(TorchDispatchMode):
     """Counts multiplications; FlopCounterMode cannot look into torch.func.grad."""
     total = 0
@@ -765,7 +777,7 @@ def test_a_run_leaves_its_files_and_evaluate_repeats_it(tmp_path, capsys):
     assert [n for n in names if not n.startswith("head.")] == list(backbone)
 
     again = ["--evaluate", "--device", "cpu", "--out", str(out), "--workers", "0"]
-    assert ep.main(again) == metrics
+    assert ep.main([*again, "--max-steps", "9"]) == metrics  # it takes no step
     x = next(ep.image_batches(parse(), None, CPU, 12, [0], "held out"))
     mean = ep.load_energy(str(out / "checkpoint.pt"))(x).mean().item()
     assert mean == pytest.approx(metrics["sr"]["energy_clean"], abs=1e-5)
