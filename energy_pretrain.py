@@ -1,29 +1,30 @@
 """Energy-inspired self-supervised pretraining for vision models, in one file.
 
-One vision network is an energy: its forward pass gives one number per image, low for
-data. Its backward pass restores: a corrupted image steps down the energy, to where the
-network expects the clean one.
+A vision network is an energy: its forward pass gives each image one number, low
+for clean ones. Its backward pass restores: a corrupted image takes a gradient
+step down the energy, and training asks the step to end at the clean image.
 
-    E(x)                              one number per image: the forward pass         (1)
-    x_{k+1} = x_k - alpha dE/dx(x_k)  the backward pass: K steps from x_tilde        (2)
-    loss = mean_k d(x_k, x)           every step should end at the clean image x     (3)
+    E(x)                              forward pass: one number per image   (1)
+    x_{k+1} = x_k - alpha dE/dx(x_k)  backward pass: K steps from x_tilde  (2)
+    loss = mean_k d(x_k, x)           each step should end at the clean x  (3)
 
-This is the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised Pretraining
-for Vision Models, ICLR 2023). We had its abstract and introduction; what they leave
-open is ours: d, partial corruptions, the network behind E and when patches join it, the
-optimiser, and every number.
+The idea is the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised
+Pretraining for Vision Models, ICLR 2023). We had its abstract and introduction.
+The rest is ours: the distance d, how a network becomes an energy, when hidden
+patches join, partial corruptions, the optimiser, and all numbers.
 
-Why does an energy appear? By squared error the best restoration of x plus Gaussian
-noise of deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie). So,
-by (2), alpha E is -sigma^2 log p_sigma, up to a constant (Vincent 2011).
+Why an energy? Under squared error, the best restoration of x plus Gaussian noise
+of deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie). So
+(2) is trained as if alpha E were -sigma^2 log p_sigma (Vincent 2011). Only "as
+if": our d is not squared error, and our tasks are not noise of one sigma.
 
-    python energy_pretrain.py                                  # all tasks, drawn images
-    python energy_pretrain.py --task color --data ~/Pictures   # any folder of images
-    torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs or processes
+    python energy_pretrain.py                              # all tasks, drawn images
+    python energy_pretrain.py --task color --data DIR          # a folder of images
+    torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs
 
-Sections 1 to 3 are the method. Letters: B images, C channels, S by S pixels, N patches,
-D width, h heads, K restoration steps, M whatever the line counts. x is clean, x_tilde
-corrupted, x_hat restored; pixels lie in [-1, 1].
+Sections 1 to 3 are the method. x is clean, x_tilde corrupted, x_hat restored. B
+images have S x S pixels in [-1, 1] and N patches of P x P, of which M are visible.
+D is the network's width, h its heads, K the number of restoration steps.
 """
 import argparse
 import json
@@ -33,98 +34,105 @@ import sys
 import time
 import zipfile
 import zlib
+from collections import OrderedDict
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms import v2
 
 class UserError(Exception):
-    """A mistake of the user's: one line, exit status 2."""
+    """An error to show the user in one line, without a traceback."""
 
 # ==== 1. Restoration and loss =========================================
-# There are two backward passes. The first differentiates the energy by the image:
-# dE/dx is the restoring step, so this pass is the decoder. The second differentiates
-# the loss by the parameters, back through the first, and trains the decoder.
+# There are two backward passes. The first differentiates the energy with respect
+# to the image: dE/dx is the restoring step, so this pass replaces a decoder. The
+# second differentiates the loss with respect to the parameters, through the
+# first, and so trains the network to restore.
 
 def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
-    """K = num_steps steps down the energy from x_tilde: x_1 ... x_K, (K, B, 3, S, S).
+    """Take K = num_steps steps down the energy from x_tilde: (K, B, 3, S, S).
 
-    energy_fn: any callable from (B, 3, S, S) to (B,), else ValueError. It must not mix
-    images, so a network of yours must be in evaluation mode. create_graph: for training
-    (fused attention then needs torch's sdpa_kernel(SDPBackend.MATH)).
+    energy_fn: any function from (B, 3, S, S) to (B,), else ValueError. It must
+    not mix images, as batch norm does outside evaluation mode. create_graph: for
+    training, which differentiates the steps once more.
     """
     def total_energy(x):
         energy = energy_fn(x)
         if energy.shape != x.shape[:1]:
-            raise ValueError(f"energies: shape {tuple(energy.shape)}, not ({len(x)},)")
-        return energy.float().sum()  # no image sees another: each has its own gradient
+            raise ValueError(f"energies: {tuple(energy.shape)}, not ({len(x)},)")
+        return energy.sum()  # its gradient gives each image its own dE/dx
 
-    # unlike torch.autograd.grad, this works in torch.compile and under torch.no_grad()
+    # torch.autograd.grad would fail in torch.compile and under torch.no_grad()
     gradient = torch.func.grad(total_energy)
     iterates = [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = iterates[-1].detach()  # each step learns alone: the graph stays small
+            x = iterates[-1].detach()  # no step learns from the steps after it
             iterates.append(x - alpha * gradient(x))  # Eq. (2)
     return torch.stack(iterates[1:])
 
 def restoration_loss(x_hat, x, x_tilde):
-    """Eq. (3): the mean over images and steps of smooth_l1(x_k, x) / rms(x_tilde - x).
+    """Eq. (3) per image, (B,): mean_k smooth_l1(x_k, x) / rms(x_tilde - x).
 
-    The error is divided by how far the image was moved, at least 0.05 (ours). Else
-    tasks that move images far drown the others, and full corruptions partial ones.
+    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved the image,
+    at least 0.05, or tasks that move images far would drown the others, and full
+    corruptions partial ones. Smooth L1 tolerates outliers.
     """
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
+    error = error.flatten(2).mean(2).mean(0)  # (B,)
     moved = (x_tilde - x).square().flatten(1).mean(1).sqrt()  # (B,)
-    return (error.flatten(2).mean(2) / moved.clamp(min=0.05)).mean()  # Eq. (3)
+    return error / moved.clamp(min=0.05)  # Eq. (3)
 
 # ==== 2. Corruptions ==================================================
-# Five verbs: images (B, 3, S, S), a generator and **options (the flags, of which each
-# takes its own) give new images. A sixth task is one more, and its name in CORRUPTIONS.
+# Each takes images (B, 3, S, S), a generator and its flags, and returns images. A
+# sixth task needs a function here, a line in CORRUPTIONS, its flag in FLAGS, and a
+# check in check_args if some values make no sense.
 
-def count_hidden(image_size, mask_ratio, patch_size):
-    """How many patches of an image `hide_patches` hides."""
-    return round(mask_ratio * (image_size // patch_size)**2)
+def draw_visible(x, generator, mask_ratio, patch_size, **_):
+    """Choose which patches of each image stay visible: indices seen (B, M)."""
+    N = (x.shape[2] // patch_size)**2
+    order = torch.rand(len(x), N, generator=generator, device=x.device).argsort(1)
+    return order[:, round(mask_ratio * N):]
 
-def hide_patches(x, generator, mask_ratio, patch_size, **_):
-    """Masked image modelling: hide a share of the patches.
-
-    A hidden patch is one of zeros, and no other is: 8-bit pixels in [-1, 1] are odd
-    multiples of 1/255, and a drawn patch is never zero all over.
-    """
+def hidden_pixels(x, seen, patch_size):
+    """True at every pixel of a hidden patch: (B, 1, S, S)."""
     side = x.shape[2] // patch_size
-    num_hidden = count_hidden(x.shape[2], mask_ratio, patch_size)
-    order = torch.rand(len(x), side**2, generator=generator, device=x.device).argsort(1)
-    mask = (order < num_hidden).view(-1, 1, side, side).float()
-    mask = F.interpolate(mask, scale_factor=patch_size)  # (B, 1, S, S)
-    return x.masked_fill(mask.bool(), 0)
+    hidden = torch.ones(len(x), side**2, device=x.device).scatter(1, seen, 0.0)
+    hidden = hidden.view(-1, 1, side, side)
+    return F.interpolate(hidden, scale_factor=patch_size).bool()
+
+def hide_patches(x, generator, seen, patch_size, **_):
+    """Masked image modelling: set the pixels of hidden patches to zero."""
+    return x.masked_fill(hidden_pixels(x, seen, patch_size), 0)
 
 def shuffle_patches(x, generator, sort_grid, **_):
-    """Patch sorting: permute sort_grid x sort_grid pieces."""
+    """Patch sorting: shuffle sort_grid x sort_grid pieces of each image."""
     side = x.shape[2] // sort_grid
-    pieces = F.pixel_unshuffle(x, side).flatten(2)  # (B, C*side*side, M)
-    order = torch.rand(len(x), sort_grid**2, generator=generator, device=x.device)
-    order = order.argsort(1).unsqueeze(1).expand_as(pieces)
+    pieces = F.pixel_unshuffle(x, side).flatten(2)  # (B, 3*side*side, pieces)
+    noise = torch.rand(len(x), sort_grid**2, generator=generator, device=x.device)
+    order = noise.argsort(1).unsqueeze(1).expand_as(pieces)
     pieces = pieces.gather(2, order).unflatten(2, (sort_grid, sort_grid))
     return F.pixel_shuffle(pieces, side)
 
 def lower_resolution(x, generator, sr_factor, **_):
-    """Super-resolution: average squares of sr_factor pixels, and enlarge again."""
-    small = F.avg_pool2d(x, sr_factor)  # (B, C, S/factor, S/factor)
-    return F.interpolate(small, size=x.shape[2:], mode="bilinear", align_corners=False)
+    """Super-resolution: average squares of sr_factor pixels, enlarge again."""
+    small = F.avg_pool2d(x, sr_factor)  # (B, 3, S/factor, S/factor)
+    return F.interpolate(small, size=x.shape[2:], mode="bilinear")
 
 def add_noise(x, generator, noise_std, **_):
-    """Denoising: add Gaussian noise, not clipped, or it would no longer be Gaussian."""
-    noise = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-    return x + noise_std * noise
+    """Denoising: add Gaussian noise, unclipped, so that it stays Gaussian."""
+    return x + noise_std * torch.randn(
+        x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
 def remove_color(x, generator, **_):
-    """Colourisation: keep the luma (ITU-R BT.601), repeated in all three channels."""
+    """Colourisation: keep the luma (ITU-R BT.601) in all three channels."""
     red, green, blue = x.split(1, dim=1)  # (B, 1, S, S)
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
@@ -137,36 +145,43 @@ CORRUPTIONS = {
 }
 TASKS = list(CORRUPTIONS)
 
-def corrupt_batch(x, tasks, generator, options, turn):
-    """What Pretrainer takes: (x, x_tilde, num_masked, num_hidden).
+def corrupt(x, task, generator, options):
+    """Return x_tilde (B, 3, S, S), and seen (B, M) for mim, else None."""
+    seen = draw_visible(x, generator, **options) if task == "mim" else None
+    return CORRUPTIONS[task](x, generator, seen=seen, **options), seen
 
-    Image i of x (B, 3, S, S) gets task turn + i, round and round. The first ones, a
-    partial_share, are corrupted only in part, by u^2, mostly a little; else a step
-    spoils nearly clean images. (In mim alone they spoil the features.) The others are
-    sorted: masked ones, num_masked of num_hidden hidden patches each, come last.
+def corrupt_batch(x, tasks, generator, options, shift):
+    """Corrupt a training batch: at most two groups (x, x_tilde, seen), the images of
+    mim and, with seen None, those of all other tasks.
+
+    The tasks share the images (B, 3, S, S) evenly; shift rotates the tasks, since the
+    first ones may get one more. A partial_share of the images is corrupted only in
+    part, mostly lightly (ours). A network that never sees nearly clean images may
+    rank them below clean ones, and its step damages clean images.
     """
-    num_partial = min(math.ceil(options["partial_share"] * len(x)), len(x) - 1)
-    dealt = [tasks[(turn + i) % len(tasks)] for i in range(len(x))]
-    order = sorted(range(len(x)), key=lambda i: i >= num_partial and dealt[i] == "mim")
-    x, dealt = x[order], [dealt[i] for i in order]
-    x_tilde = torch.empty_like(x)
-    for task in tasks:
-        places = [i for i, other in enumerate(dealt) if other == task]
-        if places:
-            x_tilde[places] = CORRUPTIONS[task](x[places], generator, **options)
-
-    u = torch.rand(num_partial, 1, 1, 1, generator=generator, device=x.device)
-    x_tilde[:num_partial] = x[:num_partial].lerp(x_tilde[:num_partial], u**2)
-    num_hidden = count_hidden(x.shape[2], options["mask_ratio"], options["patch_size"])
-    return x, x_tilde, dealt[num_partial:].count("mim"), num_hidden
+    shift, share = shift % len(tasks), options["partial_share"]
+    tasks = tasks[shift:] + tasks[:shift]
+    masked, others = [], []
+    for task, x in zip(tasks, x.tensor_split(len(tasks))):
+        if len(x):
+            x_tilde, seen = corrupt(x, task, generator, options)
+            u = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
+            strength = torch.where(u < share, (u / share)**2, 1.0)
+            group = others if seen is None else masked
+            group.append((x, x.lerp(x_tilde, strength), seen))
+    if others:
+        x, x_tilde, _ = zip(*others)
+        others = [(torch.cat(x), torch.cat(x_tilde), None)]
+    return masked + others
 
 # ==== 3. The energy ===================================================
-# A network of your own needs ViT's `forward`; backbone.pt leaves out what is called
-# head.*. Freeze what has no part in dE/dx, since DistributedDataParallel fails where a
-# gradient is missing.
+# forward(x, seen=None) maps images (B, 3, S, S) to energies (B,). Given seen (B, M),
+# visible patches are constants: dE/dx is zero there, and E rates what stands in the
+# hidden ones. By (2) and (3) training sees only gradients, so energies of different
+# images, or given different patches, cannot be compared.
 
 class Attention(nn.Module):
-    """Multi-head self-attention by hand: fused kernels have no second derivative."""
+    """Self-attention by hand: fused kernels have no second derivative."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
@@ -174,12 +189,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):  # (B, M, D)
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, M, 3, h, D/h)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, M, D/h) each
-        scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])  # (B, h, M, M)
-        x = scores.softmax(3) @ v  # (B, h, M, D/h)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (B, M, D)
+    def forward(self, x):  # (B, T, D), T tokens
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, D/h) each
+        q = q / math.sqrt(q.shape[3])
+        weights = (q @ k.transpose(2, 3)).softmax(3)  # (B, h, T, T)
+        return self.proj((weights @ v).transpose(1, 2).flatten(2))  # (B, T, D)
 
 class Block(nn.Module):
     def __init__(self, dim, num_heads):
@@ -187,218 +202,208 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, num_heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.ModuleDict(
-            {"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(
+            dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, M, D)
+    def forward(self, x):  # (B, T, D)
         x = x + self.attn(self.norm1(x))
-        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
+        return x + self.mlp(self.norm2(x))
 
 def random_waves(side, dim):
-    """Positions (1, side * side, D): waves of random direction, frequency and phase.
+    """Positions (1, N, D): waves of random direction, frequency and phase (ours).
 
-    Near patches have similar ones, and attend to each other from the first step on. The
-    similarity at distance d is exp(-(0.7 d)^2 / 2), and the rms of a position 0.6.
+    Near patches get similar positions, so they attend to each other from the
+    first step. Similarity at distance d: exp(-(0.7 d)^2 / 2); rms: 0.6.
     """
     steps = torch.arange(float(side))
     place = torch.cartesian_prod(steps, steps)  # (N, 2)
     waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
     return 0.85 * waves.cos().unsqueeze(0)
 
-class ReadOut(nn.Module):
-    """Eq. (1) as a distance: E = 1/2 mean_n sum_d v_d (p_nd - z_nd)^2.
-
-    p_n is an embedded patch, z_n what one more block, having seen all tokens, expects
-    there. So the block says directly which way patch n should go: dE/dp_n is
-    v (p_n - z_n) / N plus what comes back through the layers. v may have any sign, so
-    only differences of E mean anything.
-    """
-    def __init__(self, pos_embed, num_heads):
-        super().__init__()
-        dim = pos_embed.shape[2]
-        self.pos_embed = nn.Parameter(pos_embed)
-        self.block = Block(dim, num_heads)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.weight = nn.Parameter(torch.zeros(dim))  # v: at first no step moves
-
-    def forward(self, p, tokens):  # (B, N, D) each
-        z = self.norm(self.block(tokens + self.pos_embed))  # (B, N, D)
-        distance = self.weight * (p - z).float().square()  # (B, N, D)
-        return distance.sum(2).mean(1) / 2  # Eq. (1): (B,)
-
 class ViT(nn.Module):
-    """A Vision Transformer under timm's names, and the read-out `head`: Eq. (1).
+    """A plain Vision Transformer under timm's names, plus a vector v, `head`.
 
-    Hidden patches join late (ours): only seen ones pass the blocks, then the hidden
-    ones join for the read-out. So all that they need must stand in the features of the
-    seen ones, and these are what one pretrains for. If all passed the blocks, hidden
-    patches would take what they need layer by layer, and the last features be idle.
+    E (ours) is a distance between the patch embeddings p_n and the network's
+    outputs z_n, which say what it expects there:
+
+        E = 3 P^2 sum_n mean_d v_d (p_nd - z_nd)^2                         (1)
+
+    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum, and
+    the 3 P^2 pixel values of a patch, make steps equally long for all sizes.
+
+    Hidden patches join late (ours): visible ones pass all blocks but the last
+    among themselves, and n runs over the hidden ones alone. So the features of
+    visible patches must predict the hidden ones, which skip most of the work.
     """
     def __init__(self, image_size, patch_size, dim, depth, num_heads):
         super().__init__()
-        side = image_size // patch_size
-        self.patch_size = patch_size
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))  # for timm; not read out
-        waves = random_waves(side, dim)
-        self.pos_embed = nn.Parameter(torch.cat([torch.zeros(1, 1, dim), waves], 1))
-        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        patchify = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patchify})
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
+        waves = random_waves(image_size // patch_size, dim)
+        positions = torch.cat([torch.zeros(1, 1, dim), waves], 1)
+        self.pos_embed = nn.Parameter(positions)  # (1, N+1, D)
+        self.blocks = nn.Sequential(*(Block(dim, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = ReadOut(waves, num_heads)
+        self.head = nn.Parameter(torch.zeros(dim))  # v: at first no step moves
 
     def embed(self, x):
         """One linear map of each patch: (B, 3, S, S) -> (B, N, D)."""
         return self.patch_embed.proj(x).flatten(2).transpose(1, 2)
 
-    def encode(self, patches, seen=None):
-        """Features of embedded patches (B, N, D), or of those M in seen (B, M)."""
-        x = patches + self.pos_embed[:, 1:]
-        if seen is not None:
-            x = x.gather(1, seen.unsqueeze(2).expand(-1, -1, x.shape[2]))  # (B, M, D)
-        cls = self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(x), -1, -1), x], 1)  # (B, M+1, D)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)[:, 1:]
+    def add_positions(self, p):
+        """Class token first, then the patches: (B, N, D) -> (B, N+1, D)."""
+        cls = self.cls_token.expand(len(p), -1, -1)
+        return torch.cat([cls, p], 1) + self.pos_embed
 
     def represent(self, x):
         """Features (B, D) of images, for other uses."""
-        return self.encode(self.embed(x)).mean(1)
+        tokens = self.add_positions(self.embed(x))
+        return self.norm(self.blocks(tokens))[:, 1:].mean(1)
 
-    def find_hidden(self, x):
-        """Which patches are zeros: (B, 3, S, S) -> (B, N)."""
-        largest = F.max_pool2d(x.detach().abs(), self.patch_size).amax(1)
-        return largest.flatten(1) == 0
-
-    def forward(self, x, num_hidden=None):
-        """num_hidden: how many patches of each image are hidden. torch.compile must be
-        told. Else the images show it, and each may have its own."""
-        if num_hidden is None:
-            numbers = self.find_hidden(x).sum(1)  # (B,)
-            energies = x.new_zeros(len(x))
-            for n in numbers.unique().tolist():
-                energies[numbers == n] = self(x[numbers == n], n)
-            return energies
+    def forward(self, x, seen=None):
         p = self.embed(x)  # (B, N, D)
-        if num_hidden == 0:
-            return self.head(p, self.encode(p))
+        tokens = self.add_positions(p)  # (B, N+1, D)
+        if seen is None:
+            tokens = self.blocks[:-1](tokens)
+        else:
+            visible = self.add_positions(self.embed(x.detach()))  # constants
+            index = F.pad(seen + 1, (1, 0)).unsqueeze(2)  # 0: the class token
+            index = index.expand(-1, -1, p.shape[2])  # (B, M+1, D)
+            visible = self.blocks[:-1](visible.gather(1, index))
+            tokens = tokens.to(visible.dtype).scatter(1, index, visible)
+        z = self.norm(self.blocks[-1](tokens))[:, 1:]  # (B, N, D)
 
-        # What is seen is given: dE/dx is 0 there, no inner gradient enters self.blocks.
-        given = self.embed(x.detach())
-        hidden = self.find_hidden(x)
-        p = torch.where(hidden.unsqueeze(2), p, given)
-        num_seen = hidden.shape[1] - num_hidden
-        seen = hidden.int().argsort(dim=1, stable=True)[:, :num_seen]  # (B, M)
-        features = self.encode(given, seen)  # (B, M, D)
-        seen = seen.unsqueeze(2).expand_as(features)
-        return self.head(p, p.to(features.dtype).scatter(1, seen, features))
+        # float32: autocast's bfloat16 cannot tell neighbouring energies apart
+        error = p.to(self.head.dtype) - z
+        distance = (self.head * error.square()).mean(2)  # (B, N)
+        if seen is not None:
+            distance = distance.scatter(1, seen, 0.0)
+        patch_pixels = self.patch_embed.proj.weight[0].numel()  # 3 P^2
+        return patch_pixels * distance.sum(1)  # Eq. (1)
 
 class Pretrainer(nn.Module):
-    """Energy and loss in one module, as DistributedDataParallel needs them.
+    """Energy and loss in one module, as DistributedDataParallel needs them."""
 
-    alpha is large because a ViT's E is a mean over patches, and not learned because the
-    read-out's scale is.
-    """
     def __init__(self, model, alpha, num_steps=1):
         super().__init__()
-        self.model = model
-        self.alpha = alpha
-        self.num_steps = num_steps
+        self.model, self.alpha, self.num_steps = model, alpha, num_steps
 
-    def forward(self, x, x_tilde, num_masked=0, num_hidden=0):
-        """The loss of images (B, 3, S, S). The last num_masked have num_hidden hidden
-        patches each; after a step they are whole, too."""
-        def whole(y):  # told what is hidden: torch.compile cannot look
-            return self.model(y, 0)
+    def forward(self, groups):
+        """The mean loss over the images of all groups (x, x_tilde, seen)."""
+        losses = []
+        for x, x_tilde, seen in groups:
+            energy = partial(self.model, seen=seen)
+            x_hat = restore(energy, x_tilde, self.alpha, self.num_steps, True)
+            losses.append(restoration_loss(x_hat, x, x_tilde))
+        return torch.cat(losses).mean()
 
-        def as_dealt(y):
-            parts = zip(y.split([len(y) - num_masked, num_masked]), (0, num_hidden))
-            return torch.cat([self.model(part, n) for part, n in parts if len(part)])
+class TorchvisionNet(nn.Module):
+    """A classification network of torchvision: E = 3 S^2 v . features.
 
-        x_hat = restore(as_dealt, x_tilde, self.alpha, create_graph=True)
-        for _ in range(self.num_steps - 1):
-            x_k = restore(whole, x_hat[-1], self.alpha, create_graph=True)
-            x_hat = torch.cat([x_hat, x_k])
-        return restoration_loss(x_hat, x, x_tilde)
+    v, `head`, replaces the last linear layer; visible pixels are constants. A
+    network of your own needs the same: a forward that is twice differentiable
+    (fused attention is not, MATH is) and mixes no images (evaluation mode), `head`
+    and `represent`. Muon takes matrices whose names contain "attn" or "mlp".
+    """
+    def __init__(self, name, image_size, patch_size):
+        super().__init__()
+        self.patch_size = patch_size
+        self.net = torchvision.models.get_model(name, weights=None)
+        *_, (last, layer) = self.net.named_modules()
+        for module in self.net.modules():
+            module.inplace = False  # overwritten values have no second derivative
+        try:
+            self.net.set_submodule(last, nn.Identity())
+            self.head = nn.Parameter(torch.zeros(layer.in_features))
+            x = torch.zeros(1, 3, image_size, image_size)
+            restore(self.eval(), x, 1.0, create_graph=True).sum().backward()
+        except Exception as error:  # no linear layer, another size, a hard sigmoid
+            raise UserError(f"--model {name} cannot be an energy here: {error}")
+
+    def represent(self, x):
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.net(x)  # (B, D)
+
+    def forward(self, x, seen=None):
+        if seen is not None:
+            x = x.where(hidden_pixels(x, seen, self.patch_size), x.detach())
+        return x[0].numel() * (self.head * self.represent(x)).sum(1)
 
 VIT_SIZES = {  # name: (width D, depth, heads h)
-    "nano": (96, 1, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3),
+    "nano": (96, 2, 3), "mini": (96, 4, 3), "tiny": (192, 12, 3),
     "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def build_model(name, image_size, patch_size):
-    """An energy by its name in VIT_SIZES. A network of yours would be made here."""
-    return ViT(image_size, patch_size, *VIT_SIZES[name])
+    """An energy by its name. A network of your own would be made here."""
+    if name in VIT_SIZES:
+        return ViT(image_size, patch_size, *VIT_SIZES[name])
+    if name in torchvision.models.list_models(torchvision.models):
+        return TorchvisionNet(name, image_size, patch_size)
+    raise UserError(f"--model {name}: choose {', '.join(VIT_SIZES)}, or a "
+                    "classification network of torchvision, such as resnet18")
 
 # ==== 4. Processes and randomness =====================================
-# A launcher says in the environment who is who; less than all of it is a leftover.
+# torchrun and other launchers number the processes in environment variables.
 
-LAUNCHED = all(os.environ.get(name) for name in (
-    "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0
-LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
-WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
-GROUPS = []  # the names of the process groups joined so far
+def from_launcher(name, default):
+    return int(os.environ[name]) if "LOCAL_RANK" in os.environ else default
+
+RANK = from_launcher("RANK", 0)  # among all processes
+LOCAL_RANK = from_launcher("LOCAL_RANK", 0)  # among those of this machine
+WORLD_SIZE = from_launcher("WORLD_SIZE", 1)
 
 def print0(*values):
     if RANK == 0:
         print(*values, flush=True)
 
-def seed_from(*key):
-    """A seed from its use, as ("corrupt", 0, 17), so resumed runs draw the same."""
-    return zlib.crc32(repr(key).encode())
-
 def make_generator(device, *key):
+    """A generator for one use, as ("corrupt", 0, 17). So none has to be saved."""
     return torch.Generator(device).manual_seed(seed_from(*key))
+
+def seed_from(*key):
+    return zlib.crc32(repr(key).encode())
 
 def choose_device(name):
     if name == "cpu":
         return torch.device("cpu")
-    count, index = torch.cuda.device_count(), LOCAL_RANK
-    if count == 1 and not dist.is_torchelastic_launched():
-        index = 0  # srun shows each process its own GPU alone
-    if index >= count:
-        raise UserError(f"--device cuda:{index}: not on this machine")
-    torch.cuda.set_device(index)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    return torch.device("cuda", index)
+    if LOCAL_RANK >= torch.cuda.device_count():
+        raise UserError(f"--device cuda: there is no device {LOCAL_RANK} here")
+    torch.cuda.set_device(LOCAL_RANK)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays float32
+    return torch.device("cuda", LOCAL_RANK)
 
 def join_processes(device):
-    """Join the other processes; False if there are none, or the caller has done it."""
-    if WORLD_SIZE == 1 or dist.is_initialized():
-        return False
-    # All groups share one store. Names keep each from reading what an earlier group,
-    # or a process that died, left there (pytorch issue 135712).
-    GROUPS.append(f"{os.environ.get('TORCHELASTIC_RESTART_COUNT')}-{len(GROUPS)}")
-    store, _, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", rank=RANK, world_size=WORLD_SIZE,
-        store=dist.PrefixStore(GROUPS[-1], store))
-    return True
+    if WORLD_SIZE > 1:
+        # torchrun's store survives a restart. A prefix keeps new processes from
+        # reading what dead ones wrote (pytorch issue 135712).
+        store, _, _ = next(dist.rendezvous("env://"))
+        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", rank=RANK,
+            world_size=WORLD_SIZE, store=dist.PrefixStore(prefix, store))
 
 def autocast(device):
-    """bfloat16 on GPUs that compute in it; float16 would need scaling, twice."""
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(
-        including_emulation=False)
+    """bfloat16 where a GPU computes in it; float16 would need loss scaling."""
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(False)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 # ==== 5. Data =========================================================
 
 def draw_landscapes(batch_size, size, generator):
-    """Images (B, 3, S, S): sky at some time of day, furrowed ground, and three balls,
-    far ones blue, near ones red."""
+    """Images (B, 3, S, S) of sky, furrowed ground and three balls, near ones red."""
     device = generator.device
 
     def uniform(low, high):
         u = torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
         return low + (high - low) * u
 
-    def mix(share, first, second):  # two colours, red, green and blue in [0, 1]
-        first, second = torch.tensor([first, second], device=device).view(2, 1, 3, 1, 1)
+    def mix(share, *colors):  # two of them, red, green and blue in [0, 1]
+        first, second = torch.tensor(colors, device=device).view(2, 1, 3, 1, 1)
         return torch.lerp(first, second, share)
 
-    u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)  # to the right
-    v = u.transpose(2, 3)  # downwards
+    u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)  # right
+    v = u.transpose(2, 3)  # down
     wave = torch.sin(2 * math.pi * (uniform(0.5, 1.5) * u + uniform(0, 1)))
     horizon = uniform(0.3, 0.6) + uniform(0.02, 0.08) * wave  # (B, 1, 1, S)
     evening = uniform(0, 1)
@@ -406,14 +411,14 @@ def draw_landscapes(batch_size, size, generator):
     haze = mix(evening, (0.75, 0.88, 0.97), (0.98, 0.6, 0.3))
     sky = torch.lerp(zenith, haze, (v / horizon).clamp(0, 1))  # (B, 3, S, S)
     below = (v - horizon).clamp(min=0)  # (B, 1, S, S)
-    furrows = torch.sin(uniform(6, 14) * torch.log(below + 0.05) + uniform(-4, 4) * u)
+    waves = uniform(6, 14) * torch.log(below + 0.05) + uniform(-4, 4) * u
     soil = mix(uniform(0, 1), (0.2, 0.5, 0.2), (0.6, 0.5, 0.25))
-    ground = soil * (0.75 + 0.5 * below + 0.15 * furrows) * (1.1 - 0.4 * evening)
+    ground = soil * (0.75 + 0.5 * below + 0.15 * waves.sin()) * (1.1 - 0.4 * evening)
     x = torch.lerp(sky, ground, ((v - horizon) * size + 0.5).clamp(0, 1))
 
     nearness = torch.cat([uniform(0.15, 1) for _ in range(3)], 1).sort(1).values
-    for near in nearness.split(1, 1):  # far ones first
-        radius = 0.06 + 0.12 * near  # near: large, low
+    for near in nearness.split(1, 1):  # far balls first
+        radius = 0.06 + 0.12 * near  # near: large and low
         du = (u - uniform(0, 1)) / radius  # (B, 1, 1, S)
         dv = (v - horizon - near * (0.9 - horizon)) / radius + 1  # (B, 1, S, S)
         inside = 1 - (du**2 + dv**2).sqrt()
@@ -422,21 +427,32 @@ def draw_landscapes(batch_size, size, generator):
         x = torch.lerp(x, ball, (inside * radius * size + 0.5).clamp(0, 1))
     return x.clamp(0, 1) * 2 - 1
 
+NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "restorations.png"}
+
 def find_images(root):
-    """The image files below root, each once, or root itself. Left out: what is hidden,
-    @eaDir, a run's picture, what has no image's ending."""
+    """List the image files below a folder, each once; or root, if it is a file.
+    Hidden files, recycle bins and the pictures of runs are left out."""
     if os.path.isfile(root):
         return [root]
-    found, entered = {}, set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in entered:  # by a link, perhaps from below
-            subfolders.clear()
-        entered.add(os.path.realpath(folder))
-        subfolders[:] = sorted(n for n in subfolders if n[0] != "." and n != "@eaDir")
-        for name in sorted(names):
-            if is_image_file(name) and name[0] != "." and name != "restorations.png":
-                file = os.path.join(folder, name)
-                found.setdefault(os.path.realpath(file), file)
+    found, entered = {}, set()  # links can lead to a place twice, or in a circle
+
+    def wanted(names):
+        return sorted(n for n in names if n[0] != "." and n not in NO_DATA)
+
+    def warn(error):
+        if error.filename != root:
+            print(f"warning: left out {error}", file=sys.stderr)
+
+    for folder, subfolders, names in os.walk(root, onerror=warn, followlinks=True):
+        real_folder = os.path.realpath(folder)
+        subfolders[:] = [] if real_folder in entered else wanted(subfolders)
+        entered.add(real_folder)
+        for name in filter(is_image_file, wanted(names)):
+            file, real = (os.path.join(f, name) for f in (folder, real_folder))
+            if os.path.islink(file):
+                real = os.path.realpath(file)
+            if os.path.isfile(file):  # neither a pipe nor a broken link
+                found.setdefault(real, file)
     endings = " ".join(IMG_EXTENSIONS)
     if not found:
         raise UserError(f"--data {root}: no image there ({endings})")
@@ -445,10 +461,8 @@ def find_images(root):
 
 class Crops(torch.utils.data.Dataset):
     """Crops of files or arrays (H, W, 3): item (index, seed) is (3, S, S) in uint8.
+    The seed chooses crop and flip; without augment it is the centre crop."""
 
-    augment: crop and flip as the seed says, else take the middle. What cannot be used
-    is named, and another drawn at random in its place.
-    """
     def __init__(self, images, size, augment):
         self.images, self.size = images, size
         crop = [v2.Resize(size), v2.CenterCrop(size)]
@@ -460,59 +474,66 @@ class Crops(torch.utils.data.Dataset):
         if not isinstance(source, str):
             return Image.fromarray(source)
         image = Image.open(source)
-        if image.mode[0] in "IF":  # 16 or 32 bits: white may be any number
+        if image.mode[0] in "IF" or ";16" in str(image.tile):  # white may be any number
             raise ValueError("more than 8 bits a channel")
-        image.draft("RGB", (3 * self.size, 3 * self.size))  # decodes large JPEGs faster
+        image.draft("RGB", (3 * self.size, 3 * self.size))  # faster for large JPEGs
         image = ImageOps.exif_transpose(image)
-        if image.has_transparency_data:  # lay it on white, as viewers do
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
         return image.convert("RGB")
+
+    def load(self, index):
+        """One image's crop. ValueError, with the file's name, if it cannot be used."""
+        try:
+            return self.crop(self.decode(self.images[index]))
+        except Exception as error:  # Pillow raises anything
+            raise ValueError(f"{self.images[index]}: {error}") from error
 
     def __getitem__(self, key):
         index, seed = key
-        torch.manual_seed(seed)  # torchvision draws from the global state
-        for _ in range(100):
-            source = self.images[index]
-            try:
-                return self.crop(self.decode(source))
-            except Exception as error:  # Pillow raises anything
-                print(f"warning: left out {source} ({error})", file=sys.stderr)
-                index = int(torch.randint(len(self.images), ()))
-        raise UserError(f"{source} cannot be used, nor 99 others drawn before it")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # torchvision draws from the global generator
+            for _ in range(100):  # a damaged file must not end a training
+                try:
+                    return self.load(index)
+                except ValueError as error:
+                    reason = error
+                    print(f"warning: left out {error}", file=sys.stderr)
+                    index = int(torch.randint(len(self.images), ()))
+        raise UserError(f"{reason}, and 99 images drawn before it")
 
 def open_data(args):
-    """Training images, held-out ones (None: endless landscapes), and a text that tells
-    them from others, wherever they lie. Of a folder, val/ or test/ beside train/ is
-    held out, else every tenth image."""
+    """Training images, held-out images, and a text that identifies both. Images are
+    files, arrays (H, W, 3), or None for endless landscapes. Of a folder, val/ or
+    test/ beside train/ is held out, otherwise every tenth image."""
     if args.data == "procedural":
         return None, None, args.data
     if args.data == "cifar10":
         cifar = torchvision.datasets.CIFAR10
-        try:
-            if RANK == 0:
-                cifar("data", download=True)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"--data cifar10: cannot be downloaded to ./data ({error})")
+        if RANK == 0:
+            cifar("data", download=True)
         if WORLD_SIZE > 1:
             dist.barrier()  # until the files are there
         return cifar("data").data, cifar("data", train=False).data, args.data
 
     parts = [os.path.join(args.data, part) for part in ("train", "val", "test")]
-    parts = [part for part in parts if os.path.isdir(part)]
-    if len(parts) > 1 and parts[0].endswith("train"):
-        train, held_out = find_images(parts[0]), find_images(parts[1])
+    train, *others = [part for part in parts if os.path.isdir(part)] or [""]
+    if train == parts[0] and others:
+        train, held_out = find_images(train), find_images(others[0])
     else:
         found = find_images(args.data)
         train = [file for i, file in enumerate(found) if i % 10] or found
         held_out = found[::10]
-    root = args.data if os.path.isdir(args.data) else os.path.join(args.data, "..")
-    names = [os.path.relpath(file, root) for file in train + held_out]
-    return train, held_out, f"{len(names)} files, names hash to {seed_from(*names):x}"
+    root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
+    names = [os.path.relpath(file, root or ".") for file in train + held_out]
+    checksum = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
+    return train, held_out, f"{len(names)} files, names' checksum {checksum:x}"
 
 def crop_keys(num_images, batch_size, steps, key, rank, world):
-    """For every step this process's keys (index, seed) of Crops. Each epoch is a
-    permutation, the epochs are one endless row, and step n takes batch n of it."""
+    """Yield this process's keys (index, seed) of Crops for each step. Every epoch has
+    a new order; step n takes the n-th batch of all epochs in a row."""
     part, epoch = batch_size // world, None
     for step in steps:
         keys, first = [], step * batch_size + rank * part
@@ -525,8 +546,8 @@ def crop_keys(num_images, batch_size, steps, key, rank, world):
         yield keys
 
 def image_batches(args, images, device, batch_size, steps, purpose, rank=0, world=1):
-    """Yield this process's images (B, 3, S, S) for each step. purpose is part of the
-    seed. Held-out images are cropped at random; a single one in the middle."""
+    """Yield this process's images (B, 3, S, S) for each step; purpose is part of the
+    seed. Held-out images are cropped at random, too, to be like the others."""
     if images is None:
         for step in steps:
             generator = make_generator(device, purpose, args.seed, step, rank)
@@ -542,7 +563,7 @@ def image_batches(args, images, device, batch_size, steps, purpose, rank=0, worl
 # ==== 6. Optimisers and schedule ======================================
 
 class WithoutBfloat16(TorchFunctionMode):
-    """torch's Muon computes in bfloat16, which most CPUs must emulate."""
+    """torch's Muon computes in bfloat16, which most CPUs emulate."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.Tensor.bfloat16 and args[0].device.type == "cpu":
@@ -550,25 +571,28 @@ class WithoutBfloat16(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 def build_optimizers(module, weight_decay):
-    """[AdamW, Muon], Muon (Jordan et al., 2024) for the matrices of attention and MLPs.
-    It turns momentum into roughly the nearest orthogonal matrix, so all directions move
-    equally far."""
+    """AdamW, and Muon (Jordan et al., 2024) for the matrices of attention and MLPs:
+    its updates are nearly orthogonal, so all directions move equally far. Biases,
+    norms, positions and v do not decay, as is customary."""
     inner, decaying, others = [], [], []
     for name, p in module.named_parameters():
         if p.ndim == 2 and ("attn" in name or "mlp" in name):
             inner.append(p)
         elif p.ndim > 1 and len(p) > 1:
             decaying.append(p)
-        else:  # biases and norms; positions and class token, (1, ...)
+        else:  # positions and class token are (1, ...)
             others.append(p)
     groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
     common = {"lr": 0.0, "weight_decay": weight_decay}
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common), torch.optim.Muon(
-        [{"params": inner}], momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
+    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common)]
+    if inner:
+        optimizers.append(torch.optim.Muon(
+            inner, momentum=0.9, adjust_lr_fn="match_rms_adamw", **common))
+    return optimizers
 
 def update_parameters(args, optimizers, step):
-    """Take step 1 ... max_steps and return its learning rate: linear in the first
-    twentieth, up to args.lr, then half a cosine to zero."""
+    """Take step 1 ... max_steps and return its learning rate, which rises linearly
+    over a twentieth of the steps, then falls as half a cosine (customary)."""
     warmup = args.max_steps // 20
     rate = args.lr * step / max(1, warmup)
     if step >= warmup:
@@ -582,58 +606,60 @@ def update_parameters(args, optimizers, step):
     return rate
 
 # ==== 7. Checkpoints ==================================================
-# Plain dicts of tensors, numbers and strings: loading one can run no code. The same
-# command, given again, goes on from its checkpoint. These flags may differ (that the
-# images are the same shows in their names); for --evaluate all but the network's.
-MAY_DIFFER = ("out", "data", "device", "workers", "compile", "lr", "save_every",
-              "eval_images")
+# Dicts of tensors, numbers and strings: loading one cannot run code. The same
+# command, given again, resumes. These flags may differ then, and the data's place;
+# with --evaluate all but the network's may.
+MAY_DIFFER = set("out data device workers compile lr save_every eval_images".split())
 
 def write_file(args, name, write):
-    """Let write(file) fill OUT/name, whole or not at all."""
+    """Let write(file) fill OUT/name, completely or not at all."""
     path = os.path.join(args.out, name)
     try:
         os.makedirs(args.out, exist_ok=True)
         with open(path + ".unfinished", "wb") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it replaces the old one
         os.replace(path + ".unfinished", path)
-    except (OSError, RuntimeError) as error:  # the latter by torch.save
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
         error = error.__context__ or error
-        raise UserError(f"{path}: cannot be written; is there room? ({error})")
+        raise UserError(f"{path}: cannot be written; is the disk full? ({error})")
 
 def load_checkpoint(path):
-    """Read a checkpoint.pt. UserError if there is none, or it is damaged."""
+    """Read a checkpoint.pt. UserError if it is missing or damaged."""
     try:
-        if zipfile.ZipFile(path).testzip():  # torch.load does not check the checksums
+        if zipfile.ZipFile(path).testzip():  # torch.load ignores the checksums
             raise ValueError("checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("model", "config", "optimizers", "log")}
-    except Exception as error:  # a damaged file makes the unpickler raise anything
-        raise UserError(f"{path}: missing, damaged, or no checkpoint of ours "
-                        f"({error!r:.60})")
+    except Exception as error:  # the unpickler raises anything
+        raise UserError(f"{path}: missing, damaged or not ours ({error!r:.60})")
 
 def load_energy(path):
-    """The trained energy of a checkpoint.pt, (B, 3, S, S) -> (B,), low for data.
-    `restore` takes it, with the alpha of its training."""
+    """The trained energy of a checkpoint.pt: energy(x, seen=None) is (B,). It brings
+    its step size: restore(energy, x_tilde, energy.alpha)."""
     saved = load_checkpoint(path)
     config = saved["config"]
     energy = build_model(config["model"], config["image_size"], config["patch_size"])
     energy.load_state_dict(saved["model"])
+    energy.alpha = config["alpha"]
     return energy.requires_grad_(False)
 
 def resume(args, model, optimizers):
-    """Go on from OUT's checkpoint, if it took a step, and return its log."""
+    """Load OUT's checkpoint, if it has taken a step, and return its log."""
     path, log = os.path.join(args.out, "checkpoint.pt"), []
     if os.path.exists(path):
         saved = load_checkpoint(path)
         log = saved["log"]
+    if args.evaluate and not log:
+        raise UserError(f"{path} has taken no step; first run without --evaluate")
     if log:
-        for name, value in vars(args).items():
-            fixed = name not in MAY_DIFFER
-            if args.evaluate:
-                fixed = name in ("model", "image_size", "patch_size")
-            old = saved["config"].get(name)
-            if fixed and value != old:
-                raise UserError(f"{path} has {name} {old}, not {value}: another --out?")
+        names = set(vars(args)) - MAY_DIFFER
+        for name in ("model", "image_size", "patch_size") if args.evaluate else names:
+            old, new = saved["config"].get(name), getattr(args, name)
+            if old != new:
+                raise UserError(f"{path} has {name} {old}, not {new}; "
+                                "choose another --out for a new run")
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -642,13 +668,13 @@ def resume(args, model, optimizers):
         records = [None] * WORLD_SIZE
         dist.all_gather_object(records, len(log))
         if len(set(records)) > 1:
-            raise UserError("processes find different checkpoints: is --out shared?")
+            raise UserError("processes find different checkpoints; is --out shared?")
     return log
 
 def save_checkpoint(args, model, optimizers, log):
-    """Write log.jsonl, backbone.pt, which other programs load, and checkpoint.pt."""
-    backbone = {name: p.cpu() for name, p in model.state_dict().items()
-                if not name.startswith("head.")}
+    """Write log.jsonl, backbone.pt for other programs, and checkpoint.pt."""
+    backbone = {name.removeprefix("net."): p.cpu()
+                for name, p in model.state_dict().items() if name != "head"}
     checkpoint = {"model": model.state_dict(), "config": vars(args), "log": log,
                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
     lines = "".join(json.dumps(record) + "\n" for record in log)
@@ -659,77 +685,86 @@ def save_checkpoint(args, model, optimizers, log):
 # ==== 8. Evaluation ===================================================
 
 def psnr(y, x):
-    """Peak signal-to-noise ratio of y against x, in dB; pixels have a range of 2."""
+    """Peak signal-to-noise ratio of y against x in dB; pixels have a range of 2."""
     return 10 * math.log10(4 / max((y - x).square().mean().item(), 1e-12))
 
 @torch.no_grad()
-def evaluate(pretrainer, x, tasks, options, chunk=32):
-    """{task: {metric: value}}, {task: iterates} of images x (M, 3, S, S).
+def evaluate(pretrainer, x, tasks, options):
+    """Measure images x (B, 3, S, S): {task: metrics}, {task: (images, energies)}.
 
-    psnr_clean: of a clean image after a step. psnr_corrupted, psnr_step_k after step k:
-    of the pixels that the task changes. order: share of images lower clean than
-    corrupted; order_quarter: than a quarter corrupted.
+    psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task changes,
+    before and after k steps, and after a step from the clean image. order: share
+    of images with a lower energy clean than corrupted; order_quarter: than a
+    quarter of the way there; order_other (mim): than with another image's content
+    in the hidden patches. The images are clean, corrupted and restored, (K+2, ...).
     """
-    def energy(y):  # (M,)
-        return torch.cat([pretrainer.model(part) for part in y.split(chunk)])
-
-    def steps(y, num_steps):  # (K, M, 3, S, S)
-        return torch.cat([restore(pretrainer.model, part, pretrainer.alpha, num_steps)
-                          for part in y.split(chunk)], 1)
-
-    metrics, iterates = {}, {}
-    energy_clean, psnr_clean = energy(x), psnr(steps(x, 1)[0], x)
+    metrics, pictures, K = {}, {}, pretrainer.num_steps
     for task in tasks:
         generator = make_generator(x.device, "evaluate", task)
-        x_tilde = CORRUPTIONS[task](x, generator, **options)
+        x_tilde, seen = corrupt(x, task, generator, options)
+        other = x
+        if seen is not None:
+            hidden = hidden_pixels(x, seen, options["patch_size"])
+            other = x.roll(1, 0).where(hidden, x)
+        parts = []
+        for i in torch.arange(len(x)).split(32):
+            given = None if seen is None else seen[i]
+            energy = partial(pretrainer.model, seen=given)
+            x_hat = restore(energy, x_tilde[i], pretrainer.alpha, K)
+            x_clean = restore(energy, x[i], pretrainer.alpha)[0]
+            quarter = x[i].lerp(x_tilde[i], 0.25)
+            images = [x[i], x_tilde[i], *x_hat, x_clean, quarter, other[i]]
+            energies = torch.stack([energy(y) for y in images])
+            parts.append((torch.stack(images), energies))
+        images, energies = (torch.cat(part, 1) for part in zip(*parts))
+        pictures[task] = images[:K + 2], energies[:K + 2]
+
         changed = (x_tilde - x).abs() > 1e-3
         if not changed.any():
             print(f"{task} changes nothing in these images")
             changed = ~changed
-        iterates[task] = [x_tilde, *steps(x_tilde, pretrainer.num_steps)]
-        psnrs = [psnr(x_k[changed], x[changed]) for x_k in iterates[task]]
-        energy_corrupted = energy(x_tilde)
-        energy_quarter = energy(x.lerp(x_tilde, 0.25))
-        metrics[task] = {
-            "psnr_clean": psnr_clean, "psnr_corrupted": psnrs[0],
-            **{f"psnr_step_{k}": psnrs[k] for k in range(1, len(psnrs))},
-            "energy_clean": energy_clean.mean().item(),
-            "energy_corrupted": energy_corrupted.mean().item(),
-            "order": (energy_clean < energy_corrupted).float().mean().item(),
-            "order_quarter": (energy_clean < energy_quarter).float().mean().item()}
-    return metrics, iterates
+        names = ["corrupted", *(f"step_{k + 1}" for k in range(K)), "clean"]
+        row = {f"psnr_{name}": psnr(y[changed], x[changed])
+               for name, y in zip(names, images[1:])}
+        row["energy_clean"], row["energy_corrupted"] = energies[:2].mean(1).tolist()
+        above = (energies > energies[0]).float().mean(1).tolist()  # K+5 shares
+        row |= {"order": above[1], "order_quarter": above[-2]}
+        if seen is not None and len(x) > 1:
+            row["order_other"] = above[-1]
+        metrics[task] = row
+    return metrics, pictures
 
 def print_table(metrics):
     print("\n" + " " * 20 + "".join(f"{task:>9}" for task in metrics))
-    for name in next(iter(metrics.values())):
-        print(f"{name:<20}" + "".join(f"{row[name]:9.2f}" for row in metrics.values()))
+    for name in max(metrics.values(), key=len):
+        cells = [f"{row[name]:.2f}" if name in row else "" for row in metrics.values()]
+        print(f"{name:<20}" + "".join(f"{cell:>9}" for cell in cells))
 
-def draw_picture(energy_fn, x, iterates):
-    """Two images a task, clean, corrupted and restored, each above its energy."""
-    columns = [(task, torch.stack([x[i], *(x_k[i] for x_k in iterates[task])]))
-               for task in iterates for i in range(len(x[:2]))]  # (K+2, 3, S, S) each
-    rows = torch.stack([images for _, images in columns], 1)  # (K+2, M, 3, S, S)
-    side = max(88, x.shape[3])
+def draw_picture(pictures):
+    """Two images a task: clean, corrupted and restored, each below its energy."""
+    rows, energies = (torch.cat([part[:, :2] for part in parts], 1)
+                      for parts in zip(*pictures.values()))
+    count, side = rows.shape[1], max(88, rows.shape[4])  # (K+2, count, 3, S, S)
     tiles = F.interpolate(rows.flatten(0, 1), size=(side, side), mode="bicubic")
     tiles = tiles.clamp(-1, 1) / 2 + 0.5
-    grid = torchvision.utils.make_grid(tiles, len(columns), padding=16, pad_value=1)
+    grid = torchvision.utils.make_grid(tiles, count, padding=16, pad_value=1)
     picture = v2.functional.to_pil_image(F.pad(grid, (76, 0, 0, 0), value=1))
 
     draw, pitch = ImageDraw.Draw(picture), side + 16
+    for i, task in enumerate(pictures):
+        draw.text((92 + i * count // len(pictures) * pitch, 2), task, "black")
     names = ["clean", "corrupted"] + ["- alpha dE/dx\n= restored"] * (len(rows) - 2)
-    for row, name in enumerate(names):
-        draw.text((4, row * pitch + side // 2), name, "black")
-    for column, (task, images) in enumerate(columns):
-        left = 92 + column * pitch
-        draw.text((left, 2), task, "black")
-        for row, energy in enumerate(energy_fn(images).tolist(), 1):
-            draw.text((left, row * pitch + 2), f"E {energy:.3f}", "black")
+    for i, name in enumerate(names):
+        draw.text((4, i * pitch + side // 2), name, "black")
+        for j, energy in enumerate(energies[i].tolist()):
+            place = 92 + j * pitch, (i + 1) * pitch + 2
+            draw.text(place, f"E {energy:.1f}", "black")
     return picture
 
 # ==== 9. Pretraining ==================================================
 
 def build_pretrainer(args, device):
-    """A new energy, drawn from the seed, in its Pretrainer."""
+    """A new network, initialised from the seed, in its Pretrainer."""
     torch.manual_seed(args.seed)
     model = build_model(args.model, args.image_size, args.patch_size)
     print0(f"{args.model}, {sum(p.numel() for p in model.parameters()):,} parameters; "
@@ -739,7 +774,9 @@ def build_pretrainer(args, device):
 def wrap(args, pretrainer):
     """The module whose call is a step's loss, compiled and distributed as asked."""
     if args.compile:
-        # else DistributedDataParallel's buckets cut the graph in the inner gradient
+        # At most two graphs: as tasks rotate, groups have one image more or less.
+        # DistributedDataParallel's own cuts would run through the inner gradient.
+        torch._dynamo.reset()
         torch._dynamo.config.optimize_ddp = False
         pretrainer.compile(fullgraph=True, dynamic=False)
     if WORLD_SIZE == 1:
@@ -747,7 +784,7 @@ def wrap(args, pretrainer):
     return nn.parallel.DistributedDataParallel(pretrainer)
 
 def train(args, pretrainer, images, device):
-    """Take the steps that OUT's checkpoint has not taken; none for --evaluate."""
+    """Take the steps that OUT's checkpoint has not taken; none with --evaluate."""
     if args.epochs:
         args.max_steps = math.ceil(args.epochs * len(images) / args.batch_size)
     model, tasks = pretrainer.model, args.task.split(",")
@@ -756,23 +793,24 @@ def train(args, pretrainer, images, device):
     if args.evaluate:
         return
     if not log and RANK == 0:
-        save_checkpoint(args, model, optimizers, log)  # says at once if it cannot
+        save_checkpoint(args, model, optimizers, log)  # if it fails, better now
     module = wrap(args, pretrainer)
     last, start, losses = log[-1]["step"] if log else 0, time.time(), []
     batches = image_batches(args, images, device, args.batch_size,
                             range(last, args.max_steps), "train", RANK, WORLD_SIZE)
     for step, x in enumerate(batches, last + 1):
-        # corrupt: the tasks in turn, through all processes' images
+        # corrupt
         generator = make_generator(device, "corrupt", args.seed, step, RANK)
-        batch = corrupt_batch(x, tasks, generator, vars(args), step + RANK * len(x))
+        groups = corrupt_batch(x, tasks, generator, vars(args), step + RANK)
 
         # restore, and compare
-        with autocast(device):
-            loss = module(*batch)  # Eq. (3)
-
-        # back through dE/dx; DistributedDataParallel averages
         pretrainer.zero_grad()
+        with autocast(device):
+            loss = module(groups)  # Eq. (3)
+
+        # back through dE/dx; DistributedDataParallel averages the gradients
         loss.backward()
+        # convolutional networks begin with norms above 100
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = update_parameters(args, optimizers, step)
 
@@ -782,7 +820,8 @@ def train(args, pretrainer, images, device):
         if save or step % 50 == 0 or step == 1:
             mean = torch.stack(losses).mean().item()  # since the last record
             if not math.isfinite(mean + norm.item()):
-                raise UserError(f"step {step}: loss {mean}; not saved; lower --lr")
+                raise UserError(f"step {step}: loss {mean}, gradient norm {norm}; "
+                                "resume from the last checkpoint with a lower --lr")
             speed = (step - last) / (time.time() - start)
             last, start, losses = step, time.time(), []
             log.append({"step": step, "loss": mean, "gradient_norm": norm.item(),
@@ -793,150 +832,149 @@ def train(args, pretrainer, images, device):
             save_checkpoint(args, model, optimizers, log)
 
 def measure(args, pretrainer, images, device):
-    """Write and return {task: {metric: value}} of held-out images. Draw a picture."""
+    """Write and return {task: metrics} of held-out images, and draw a picture."""
     count = args.eval_images
     if images is not None:
         count = min(count, len(images))
     print0(f"evaluating on {count} images")
     x = next(image_batches(args, images, device, count, [0], "held out"))
     with autocast(device):
-        metrics, iterates = evaluate(pretrainer, x, args.task.split(","), vars(args))
-        picture = draw_picture(pretrainer.model, x, iterates)
+        metrics, pictures = evaluate(pretrainer, x, args.task.split(","), vars(args))
     print_table(metrics)
-    text = json.dumps(metrics, indent=1).encode()
-    write_file(args, "metrics.json", lambda file: file.write(text))
+    text, picture = json.dumps(metrics, indent=1), draw_picture(pictures)
+    write_file(args, "metrics.json", lambda file: file.write(text.encode()))
     write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
     return metrics
 
 # ==== 10. Command line ================================================
 
-FLAGS = [  # name, type, default or (on a CPU, on GPUs), meaning; None: see below
-    ("task", str, "all", f"{', '.join(TASKS)}, a comma list, or all"),
-    ("evaluate", bool, False, "train nothing: table and picture of --out"),
-    ("out", os.path.expanduser, None, "folder; default: runs/TASK"),
-    ("device", str, None, "cpu or cuda; default: cuda, if there is one"),
-    ("data", os.path.expanduser, "procedural", "folder, image, cifar10, or drawn"),
-    ("image_size", int, (32, 224), "side in pixels"),
-    ("augment", bool, True, "random crops and flips"),
-    ("workers", int, min(8, os.cpu_count()), "decoders per process"),
-    ("model", str, ("nano", "small"), f"size of the ViT: {', '.join(VIT_SIZES)}"),
-    ("patch_size", int, None, "default: 4 below 128 pixels, else 16"),
-    ("restore_steps", int, 1, "K, steps down the energy"),
-    ("alpha", float, 256.0, "restoration's step size"),
-    ("partial_share", float, None, "partly corrupted share; default: 0.1, mim alone 0"),
-    ("mask_ratio", float, 0.6, "mim: share of hidden patches"),
-    ("sort_grid", int, None, "sort: pieces a side; default: 4 or the next divisor"),
-    ("sr_factor", int, 4, "sr: how many times smaller"),
-    ("noise_std", float, 0.5, "denoise: pixels in [-1, 1]"),
-    ("max_steps", int, (1500, 2000), "optimiser steps"),
-    ("epochs", float, None, "over --data, in place of --max-steps"),
-    ("batch_size", int, (32, 128 * WORLD_SIZE), "images a step, of all processes"),
-    ("lr", float, (8.5e-3, 1.5e-3), "peak learning rate, whatever the batch"),
-    ("weight_decay", float, 0.05, "not of biases, norms and positions"),
-    ("seed", int, 0, "of all randomness"),
-    ("save_every", int, (100, 500), "steps between checkpoints"),
-    ("eval_images", int, 256, "held-out images to measure on"),
-    ("compile", bool, (False, True), "torch.compile the loss"),
-]
+def number(kind, low, high=2**32):
+    """A type for argparse: a number from low up to, but not including, high."""
+    def number(text):
+        if not low <= kind(text) < high:
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
+        return kind(text)
+    return number
+
+PATH, COUNT, NATURAL = os.path.expanduser, number(int, 1), number(int, 0)
+SHARE, POSITIVE = number(float, 0, 1), number(float, 1e-9)
+
+FLAGS = {  # group: (name, type or choices, default, meaning)
+    "run": [
+        ("task", str, "all", f"{', '.join(TASKS)}, several with commas, or all"),
+        ("out", PATH, None, "folder for results; None: runs/TASK"),
+        ("evaluate", bool, False, "do not train; table and picture of --out"),
+        ("device", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu",
+         "what to compute on"),
+        ("seed", NATURAL, 0, "of training; evaluation always corrupts alike"),
+        ("max_steps", COUNT, 1500, "optimiser steps"),
+        ("epochs", POSITIVE, None, "passes over --data, instead of --max-steps"),
+        ("save_every", COUNT, 100, "steps between checkpoints"),
+        ("eval_images", COUNT, 256, "held-out images to measure on"),
+        ("compile", bool, False, "torch.compile the loss")],
+    "data": [
+        ("data", PATH, "procedural", "folder, image, cifar10, or procedural"),
+        ("image_size", COUNT, 32, "side in pixels"),
+        ("augment", bool, True, "random crops and flips"),
+        ("workers", NATURAL, min(8, os.cpu_count()), "decoders of each process"),
+        ("batch_size", COUNT, 32, "images a step, of all processes")],
+    "network": [
+        ("model", str, "nano", f"{', '.join(VIT_SIZES)}, or a classification "
+         "network of torchvision"),
+        ("patch_size", COUNT, None, "None: 4 below 128 pixels, else 16"),
+        ("restore_steps", COUNT, 1, "K, steps down the energy"),
+        ("alpha", POSITIVE, 1.0, "size of these steps")],
+    "corruption": [
+        ("partial_share", SHARE, 0.1, "share of images corrupted only in part"),
+        ("mask_ratio", SHARE, 0.6, "mim: share of hidden patches"),
+        ("sort_grid", COUNT, None, "sort: pieces a side; None: 4, or 7 from 128 "
+         "pixels on"),
+        ("sr_factor", COUNT, 4, "sr: how many times smaller"),
+        ("noise_std", POSITIVE, 0.5, "denoise: pixels lie in [-1, 1]")],
+    "optimiser": [
+        ("lr", POSITIVE, 8.5e-3, "peak learning rate"),
+        ("weight_decay", number(float, 0), 0.05, "of matrices and filters")],
+}
+ON_GPUS = {"max_steps": 2000, "save_every": 500, "compile": True, "image_size": 224,
+           "batch_size": 128 * WORLD_SIZE, "model": "small", "lr": 1.5e-3}
+
+class Help(argparse.ArgumentDefaultsHelpFormatter,
+           argparse.RawDescriptionHelpFormatter):
+    """Adds the defaults, and keeps the description's lines."""
 
 def build_parser():
-    """A parser that invents nothing: what is not typed is not there."""
+    title, *_, commands, _ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS)
-    for name, kind, default, meaning in FLAGS:
-        flag = "--" + name.replace("_", "-")
-        if isinstance(default, tuple):
-            meaning += f"; default: {default[0]}, on GPUs {default[1]}"
-        elif default:
-            meaning += f"; default: {default}"
-        what = {"type": kind}
-        if kind is bool:
-            what = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument(flag, help=meaning, **what)
+        usage=argparse.SUPPRESS, formatter_class=Help,
+        description=f"{title}\n\n{commands}\n\nDefaults on GPUs: {ON_GPUS}")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, kind, default, meaning in flags:
+            what = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            if kind is bool:
+                what = {"action": argparse.BooleanOptionalAction}
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, default=default, help=meaning, **what)
     return parser
 
 def parse_args(argv=None):
-    """What was typed, over a checkpoint's configuration for --evaluate, over the
-    defaults for the device."""
-    typed = vars(build_parser().parse_args(argv))
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = typed.setdefault("device", device) == "cuda"
-    config = {name: default[on_gpu] if isinstance(default, tuple) else default
-              for name, _, default, _ in FLAGS}
-    out = typed.setdefault("out", f"runs/{typed.get('task', 'all')}")
-    if typed.get("evaluate"):
-        config |= load_checkpoint(os.path.join(out, "checkpoint.pt"))["config"]
-        config["epochs"] = None
-    args = argparse.Namespace(**config | typed)
+    """Flags as given; else, with --evaluate, as in the checkpoint; else defaults."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    out = args.out or f"runs/{args.task}"
+    if args.device == "cuda":
+        parser.set_defaults(**ON_GPUS)
+    if args.evaluate:
+        config = load_checkpoint(os.path.join(out, "checkpoint.pt"))["config"]
+        parser.set_defaults(**config | {"device": args.device, "epochs": None})
+    args = parser.parse_args(argv)
 
+    args.out = out
     if args.task == "all":
         args.task = ",".join(TASKS)
-    if args.partial_share is None:
-        args.partial_share = 0.0 if args.task == "mim" else 0.1
     if args.patch_size is None:
         args.patch_size = 4 if args.image_size < 128 else 16
     if args.sort_grid is None:
-        patches = args.image_size // max(1, args.patch_size)
-        grids = [n for n in range(4, patches + 1) if patches % n == 0]
-        args.sort_grid = min(grids, default=patches)
+        args.sort_grid = 4 if args.image_size < 128 else 7
     check_args(args)
     return args
 
 def check_args(args):
-    """UserError at the first senseless value."""
+    """UserError for flags that do not fit together."""
     def check(name, holds, expected):
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(args, name)}: {expected}")
 
-    zero_too = "weight_decay workers seed partial_share".split()
-    for name, value in vars(args).items():
-        check(name, value != "", "is empty")
-        if type(value) in (int, float):
-            fits = 0 < value < 2**32 or value == 0 and name in zero_too
-            check(name, fits, "out of range")
-    check("model", args.model in VIT_SIZES, f"choose from {', '.join(VIT_SIZES)}")
-    check("device", args.device in ("cpu", "cuda"), "choose cpu or cuda")
     tasks = args.task.split(",")
     check("task", set(tasks) <= set(TASKS), f"choose from {', '.join(TASKS)}, or all")
     for name, used in (("patch_size", True), ("sort_grid", "sort" in tasks),
                        ("sr_factor", "sr" in tasks)):
-        value = getattr(args, name)
-        check(name, not used or value > 1 and args.image_size % value == 0,
-              "must be above 1 and divide --image-size")
-    if "mim" in tasks:
-        hidden = count_hidden(args.image_size, args.mask_ratio, args.patch_size)
-        check("mask_ratio", 0 < hidden < (args.image_size // args.patch_size)**2,
-              "hides no patch or all")
-    check("partial_share", args.partial_share < 1, "must be below 1")
-    check("epochs", args.data != "procedural" or not args.epochs, "is for --data")
+        divides = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
+        check(name, divides or not used, "must be above 1 and divide --image-size")
+    num_patches = (args.image_size // args.patch_size)**2
+    num_hidden = round(args.mask_ratio * num_patches)
+    check("mask_ratio", 0 < num_hidden < num_patches, "hides no patch or all")
+    check("epochs", args.data != "procedural" or not args.epochs, "needs --data")
     check("batch_size", args.batch_size % WORLD_SIZE == 0 or args.evaluate,
           f"must be a multiple of the {WORLD_SIZE} processes")
 
 def main(argv=None):
-    """Return {task: {metric: value}} on the first process. A mistake of the user's is
-    one line and SystemExit(2)."""
+    """Return {task: metrics}, on the first process. UserError: one line, status 2."""
     try:
         args = parse_args(argv)
         device = choose_device(args.device)
-        joined = join_processes(device)
+        join_processes(device)
         images, held_out, args.images = open_data(args)
         pretrainer = build_pretrainer(args, device)
         train(args, pretrainer, images, device)
-        if joined:
+        if WORLD_SIZE > 1:
             dist.destroy_process_group()
         return measure(args, pretrainer, held_out, device) if RANK == 0 else {}
     except UserError as error:
-        message = str(error).split("UserError: ")[-1]  # without a worker's traceback
-    except torch._dynamo.exc.TorchDynamoException as error:
-        message = f"--compile fails ({type(error).__name__}); --no-compile does without"
-    except RuntimeError as error:
-        no_memory = isinstance(error, torch.OutOfMemoryError)
-        if not no_memory and "allocate memory" not in str(error):  # a CPU's words
-            raise
-        message = "out of memory; a smaller --batch-size, --image-size or --model fits"
-    sys.stderr.write(f"energy_pretrain.py: error: {' '.join(message.split())}\n")
-    sys.exit(2)
+        message = str(error).split("UserError: ")[-1]  # without a decoder's traceback
+        sys.stderr.write(f"energy_pretrain.py: error: {' '.join(message.split())}\n")
+        sys.exit(2)
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,22 @@
 """Tests of energy_pretrain.py, in its order; their names are its specification.
 
-`pytest -q` runs them on a CPU, without a network. At the end stand the commands by
-which the README compares, with energy_pretrain.py's flags:
-    python test_energy_pretrain.py mae, or simmim, pretrains the usual way;
-    python test_energy_pretrain.py probe CHECKPOINT says how well its features tell the
-    folders of --data apart ("nothing" in its place: those of an untrained network).
+`pytest -q` runs them on a CPU, without a network. At the end stand the commands behind
+the README's comparisons; they take energy_pretrain.py's flags.
+    python test_energy_pretrain.py mae, or simmim    pretrain in the usual ways
+    python test_energy_pretrain.py probe CHECKPOINT  linear probe of its features
+    python test_energy_pretrain.py finetune CHECKPOINT  fine-tuned on 2,000 labels
+The first folder below --data, or below its train/ and val/, is an image's class.
+"nothing" in place of CHECKPOINT is an untrained network.
 """
 import argparse
 import json
 import math
 import os
 import runpy
+import struct
 import subprocess
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings, strategies as st
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -43,30 +47,26 @@ def images(seed, batch=3, size=16, dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
     return (torch.rand(batch, 3, size, size, generator=generator) * 2 - 1).to(dtype)
 
-def tiny_vit(seed=0, head=True, depth=1):
-    """A small ViT; its head drawn at random, since a zero head makes a flat energy."""
+def tiny_vit(seed=0, depth=2):
+    """A small ViT. Its head is drawn at random, since a zero head makes E flat."""
     torch.manual_seed(seed)
     model = ep.ViT(16, 4, dim=16, depth=depth, num_heads=2)
-    if head:
-        torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.head)
     return model
 
-OPTIONS = vars(ep.parse_args([]))  # of 16 patches mim hides 10
+OPTIONS = vars(ep.parse_args(["--device", "cpu"]))  # mim hides 10 of 16 patches
 
-def corrupted(x, task, seed, **options):
-    generator = ep.make_generator("cpu", seed)
-    return ep.CORRUPTIONS[task](x, generator, **OPTIONS | options)
+def visible(seed, batch=3, ratio=0.6):
+    generator = torch.Generator().manual_seed(seed)
+    return ep.draw_visible(torch.empty(batch, 3, 16, 16), generator, ratio, 4)
+
+def corrupt(x, task, seed, **options):
+    """(x_tilde, seen)"""
+    return ep.corrupt(x, task, ep.make_generator("cpu", seed), OPTIONS | options)
 
 def pieces(x, side):
     """Images (B, C, S, S) as square pieces (B, M, C*side*side)."""
     return F.pixel_unshuffle(x, side).flatten(2).transpose(1, 2)
-
-def hide(x, numbers, seed=0):
-    """x (B, 3, 16, 16), so many of the 16 patches hidden, a number for each image."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(len(x), 16, generator=generator).argsort(1)
-    mask = (order < torch.tensor(numbers).view(-1, 1)).view(-1, 1, 4, 4)
-    return x.masked_fill(F.interpolate(mask.float(), scale_factor=4).bool(), 0)
 
 def parse(*arguments):
     return ep.parse_args([*TINY, *map(str, arguments)])
@@ -86,12 +86,12 @@ def one_line(capsys, *arguments):
 # ==== 1. Restoration and loss ====================================================
 
 def bowl(p, curvature=1.0):
-    """An energy with a parameter, whose double backward one can write down."""
-    return lambda x: curvature * (p * x**2).flatten(1).sum(1) / 2
+    """An energy with a parameter, whose derivatives one can write down."""
+    return lambda x, seen=None: curvature * (p * x**2).flatten(1).sum(1) / 2
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_training_goes_through_each_step_but_not_from_one_to_the_next(num_steps):
-    """E = p x^2 / 2: a step is x (1 - alpha p), its derivative by p -alpha x."""
+    """E = p x^2 / 2: a step is x (1 - alpha p), its derivative in p -alpha x."""
     p, x = torch.tensor(0.3, requires_grad=True), images(0)
     steps = ep.restore(bowl(p), x, 0.5, num_steps, create_graph=True)
     steps.sum().backward()
@@ -104,35 +104,35 @@ def test_training_goes_through_each_step_but_not_from_one_to_the_next(num_steps)
 @given(seeds)
 @settings(max_examples=4)
 def test_the_gradient_of_the_loss_equals_finite_differences(seed):
-    pretrainer = ep.Pretrainer(tiny_vit(seed % 7), 2.0)
-    batch = images(seed), hide(images(seed + 1), [0, 9, 9]), 2, 9
-    pretrainer(*batch).backward()
-    for name in ("model.head.weight", "model.blocks.0.attn.qkv.weight"):
+    """In float64, so that no part of the energy may compute in less."""
+    pretrainer = ep.Pretrainer(tiny_vit(seed % 7), 0.1).double()
+    x, x_tilde = (images(s, dtype=torch.float64) for s in (seed, seed + 1))
+    groups = [(x, x_tilde, visible(seed)), (x, x_tilde, None)]
+    pretrainer(groups).backward()
+    for name in ("model.head", "model.blocks.0.attn.qkv.weight", "model.pos_embed"):
         p = pretrainer.get_parameter(name)
-        way = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        generator = torch.Generator().manual_seed(1)
+        way = torch.randn(p.shape, generator=generator, dtype=torch.float64)
 
         def loss(h):
             parameters = {name: p + h * way}
-            return torch.func.functional_call(pretrainer, parameters, batch).item()
+            return torch.func.functional_call(pretrainer, parameters, groups).item()
 
-        expected, got = (loss(3e-3) - loss(-3e-3)) / 6e-3, (p.grad * way).sum().item()
-        assert got == pytest.approx(expected, rel=0.05, abs=2e-5), name
+        expected, got = (loss(1e-5) - loss(-1e-5)) / 2e-5, (p.grad * way).sum().item()
+        assert got == pytest.approx(expected, rel=1e-5, abs=1e-8), name
 
 @given(seeds, tasks)
 def test_a_small_step_lowers_the_energy(seed, task):
-    """For mim: the energy given what is seen, the hidden patches those of x_tilde."""
-    model = tiny_vit(seed % 11)
-    x_tilde = corrupted(images(seed), task, seed)
-    hidden = model.find_hidden(x_tilde)
-    model.find_hidden = lambda x: hidden
-    x_hat = ep.restore(model, x_tilde, alpha=1e-2)[0]
+    x_tilde, seen = corrupt(images(seed), task, seed)
+    energy = partial(tiny_vit(seed % 11), seen=seen)
+    x_hat = ep.restore(energy, x_tilde, alpha=1e-4)[0]
     assert x_hat.shape == x_tilde.shape
     with torch.no_grad():
-        assert (model(x_hat) < model(x_tilde)).all()
+        assert (energy(x_hat) < energy(x_tilde)).all()
 
 @pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
 def test_restore_refuses_energies_that_would_broadcast(shape):
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="energies"):
         ep.restore(lambda x: x.sum() * torch.ones(shape), images(0), 1.0)
 
 def test_the_loss_counts_errors_relative_to_how_far_images_were_moved():
@@ -140,7 +140,7 @@ def test_the_loss_counts_errors_relative_to_how_far_images_were_moved():
     far = torch.tensor([0.5, 0.25, 0.1, 0.01]).view(4, 1, 1, 1)  # the last: clamped
     x_hat = torch.stack([x + 0.1, x + 1.5])  # K = 2; the second is linear
     moved = torch.tensor([0.5, 0.25, 0.1, 0.05])
-    expected = ((0.1**2 / 2 + 1.0) / moved / 2).mean()
+    expected = (0.1**2 / 2 + 1.0) / moved / 2
     assert_close(ep.restoration_loss(x_hat, x, x + far), expected)
 
 # ==== 2. Corruptions =============================================================
@@ -149,21 +149,24 @@ def test_the_loss_counts_errors_relative_to_how_far_images_were_moved():
        st.sampled_from([torch.float32, torch.float64]))
 def test_corrupt_keeps_shape_dtype_and_its_input(seed, task, batch, size, dtype):
     x = images(seed, batch, size, dtype)
-    before, x_tilde = x.clone(), corrupted(x, task, seed)
+    before, (x_tilde, seen) = x.clone(), corrupt(x, task, seed, sort_grid=2)
     assert (x_tilde.shape, x_tilde.dtype) == (x.shape, dtype)
-    assert x_tilde.isfinite().all()
+    assert x_tilde.isfinite().all() and (seen is not None) == (task == "mim")
     assert (x_tilde != x).flatten(1).any(1).all(), "an image was left as it is"
-    assert torch.equal(x, before) and torch.equal(x_tilde, corrupted(x, task, seed))
+    again, _ = corrupt(x, task, seed, sort_grid=2)
+    assert torch.equal(x, before) and torch.equal(x_tilde, again)
 
 @given(seeds, st.sampled_from([2, 4, 8]), st.floats(0.01, 0.99))
 def test_whole_patches_are_hidden_and_whole_pieces_permuted(seed, side, ratio):
     x, grid = images(seed).abs() + 0.1, 16 // side  # no pixel is zero before
-    masked = corrupted(x, "mim", seed, mask_ratio=ratio, patch_size=side)
-    patches = pieces(masked == 0, side)
-    assert (patches.all(2) | ~patches.any(2)).all(), "a patch is hidden in part"
+    masked, seen = corrupt(x, "mim", seed, mask_ratio=ratio, patch_size=side)
+    hidden = ep.hidden_pixels(x, seen, side)
+    assert torch.equal(masked, torch.where(hidden, 0, x))
+    patches = pieces(hidden, side)  # (B, N, side*side)
+    assert (patches.all(2) == patches.any(2)).all(), "a patch is hidden in part"
     assert (patches.any(2).sum(1) == round(ratio * grid**2)).all()
-    assert torch.equal(masked[masked != 0], x[masked != 0])
-    shuffled = corrupted(x, "sort", seed, sort_grid=grid)
+    assert not patches.any(2).gather(1, seen).any(), "a seen patch is hidden"
+    shuffled, _ = corrupt(x, "sort", seed, sort_grid=grid)
     for a, b in zip(pieces(x, side), pieces(shuffled, side)):
         assert sorted(a.tolist()) == sorted(b.tolist())
 
@@ -171,8 +174,8 @@ def test_whole_patches_are_hidden_and_whole_pieces_permuted(seed, side, ratio):
     ("mim", [0.5, 0.5, 0, 0, 0]), ("sort", [0, 0.25, 0.25, 0.25, 0.25])])
 def test_each_place_is_hidden_and_filled_equally_often(task, expected):
     x = torch.arange(1.0, 5.0).view(1, 1, 2, 2).expand(4000, 3, 2, 2)
-    first = corrupted(x, task, 0, sort_grid=2, patch_size=1)[:, 0, 0, 0]
-    shares = torch.bincount(first.long(), minlength=5) / len(x)
+    x_tilde, _ = corrupt(x, task, 0, sort_grid=2, patch_size=1)
+    shares = torch.bincount(x_tilde[:, 0, 0, 0].long(), minlength=5) / len(x)
     assert (shares - torch.tensor(expected)).abs().max() < 0.03, shares  # 4 deviations
 
 @given(seeds, st.sampled_from([2, 4]))
@@ -180,93 +183,130 @@ def test_lower_resolution_averages_and_enlarges(seed, factor):
     x = images(seed)
     small = F.avg_pool2d(x, factor)
     again = F.interpolate(small, scale_factor=factor, mode="bilinear")
-    assert_close(corrupted(x, "sr", 0, sr_factor=factor), again)
+    assert_close(corrupt(x, "sr", 0, sr_factor=factor)[0], again)
 
-def test_remove_color_makes_the_grey_of_bt_601():
-    x = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 4, 4)  # a red, a green, a blue image
+def test_noise_has_its_deviation_and_grey_is_that_of_bt_601():
+    x = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 64, 64)  # red, green, blue images
     grey = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1, 1).expand_as(x)
-    assert_close(corrupted(x, "color", 0), grey)
+    assert_close(corrupt(x, "color", 0)[0], grey)
+    noise = corrupt(x, "denoise", 0, noise_std=0.7)[0] - x
+    assert abs(noise.mean()) < 0.02 and noise.std().item() == pytest.approx(0.7, 0.02)
 
 @given(seeds, st.integers(0, 9), st.integers(1, 12), st.integers(1, 5))
-def test_corrupt_batch_deals_the_tasks_in_turn(seed, turn, batch, count):
-    """Two processes with half a batch deal as one does, if the second begins later."""
-    chosen, x = ep.TASKS[:count], images(seed, batch).clamp(0.1, 1)
-    options = OPTIONS | {"partial_share": 0.25}
-    generator = ep.make_generator("cpu", seed)
-    y, x_tilde, num_masked, num_hidden = ep.corrupt_batch(
-        x, chosen, generator, options, turn)
-    origin = [next(i for i in range(batch) if torch.equal(x[i], image)) for image in y]
-    num_partial = min(-(-batch // 4), batch - 1)
-    assert origin[:num_partial] == list(range(num_partial))
-    assert sorted(origin) == list(range(batch))
-    dealt = [chosen[(turn + i) % count] for i in origin]
-    masked = [task == "mim" and i >= num_partial for i, task in enumerate(dealt)]
-    assert sum(masked) == num_masked and masked == sorted(masked), "masked come last"
-    hidden = pieces(x_tilde, 4).any(2).logical_not().sum(1)
-    assert num_hidden == 10 and hidden.tolist() == [10 * m for m in masked]
-    for i in range(num_partial, batch):
-        if dealt[i] in ("sr", "color"):
-            assert_close(x_tilde[i], corrupted(y, dealt[i], 0)[i])
+def test_tasks_share_a_batch_in_rotation(seed, shift, batch, count):
+    chosen, x = ep.TASKS[:count], images(seed, batch)
+    groups = ep.corrupt_batch(x, chosen, ep.make_generator("cpu", seed),
+                              OPTIONS | {"partial_share": 0}, shift)
+    first = [ep.TASKS[(shift + i) % count] for i in range(count)]
+    number = [batch // count + (i < batch % count) for i in range(count)]
+    masked = number[first.index("mim")]
+    assert [len(y) for y, _, _ in groups] == [n for n in (masked, batch - masked) if n]
+    assert [seen is None for *_, seen in groups] == [False] * (masked > 0) + [True] * (
+        masked < batch)
+    clean = torch.cat([y for y, _, _ in groups])
+    assert all((clean == image).flatten(1).all(1).sum() == 1 for image in x)
+    for y, x_tilde, seen in groups:
+        if seen is not None:
+            assert_close(x_tilde, y.masked_fill(ep.hidden_pixels(y, seen, 4), 0))
+        elif "color" in chosen:
+            grey = (x_tilde[:, 0] == x_tilde[:, 1]).flatten(1).all(1)
+            assert grey.sum() == number[first.index("color")]
 
-def test_strengths_are_squares_of_uniform_numbers():
-    x, options = images(0, 400, 4), OPTIONS | {"partial_share": 0.99}
-    generator = ep.make_generator("cpu", 0)
-    _, x_tilde, *_ = ep.corrupt_batch(x, ["color"], generator, options, 0)
-    way = corrupted(x, "color", 0) - x
+@pytest.mark.parametrize("task", ["mim", "color"])
+def test_a_share_of_the_images_is_corrupted_in_part_mostly_lightly(task):
+    """Strengths are squares of uniform numbers; visible patches stay as they are."""
+    x, options = images(0, 1000, 8), OPTIONS | {"partial_share": 0.4}
+    (x, x_tilde, seen), = ep.corrupt_batch(
+        x, [task], ep.make_generator("cpu", 0), options, 0)
+    way = corrupt(x, "color", 0)[0] - x
+    if task == "mim":
+        way = -x * ep.hidden_pixels(x, seen, 4)
     s = ((x_tilde - x) * way).flatten(1).sum(1) / way.square().flatten(1).sum(1)
     assert_close(x_tilde, x + s.view(-1, 1, 1, 1) * way)
-    assert 0 <= s.min() and s.max() <= 1 and abs(s.mean() - 1 / 3) < 0.04
-    assert (s[-4:] == 1).all(), "the others whole"
+    partly = s[s < 0.9999]
+    assert 0 <= s.min() and s.max() <= 1.0001 and abs(len(partly) - 400) < 60
+    assert abs(partly.mean() - 1 / 3) < 0.06 and abs((partly < 0.25).sum() - 200) < 40
 
 # ==== 3. The energy ==============================================================
 
 def test_the_energy_is_a_weighted_distance_of_patches_from_what_is_expected():
-    model, x = tiny_vit(), images(0)
-    p, head = model.embed(x), model.head
-    tokens = model.encode(p)
-    z = head.norm(head.block(tokens + head.pos_embed))
-    assert_close(model(x), ((p - z)**2 @ head.weight).mean(1) / 2)
-    assert_close(model.represent(x), tokens.mean(1))
+    model, x, seen = tiny_vit(), images(0), visible(0)
+    p = model.embed(x)
+    z = model.norm(model.blocks(model.add_positions(p)))[:, 1:]
+    distance = (model.head * (p - z)**2).mean(2)  # (B, N)
+    assert_close(model(x), 48 * distance.sum(1))
+    assert_close(model.represent(x), z.mean(1))
 
-@given(seeds, st.integers(1, 15))
-@settings(max_examples=5)
-def test_features_of_seen_patches_do_not_depend_on_what_is_hidden(seed, number):
-    """The blocks see nothing of it: not its pixels, and not that it is there."""
-    model, x = tiny_vit(), images(seed)
-    seen = (~model.find_hidden(hide(x, [number] * 3, seed))).nonzero()[:, 1].view(3, -1)
-    patches = model.embed(x)
-    features = model.encode(patches, seen)
-    places = seen.unsqueeze(2).expand(-1, -1, 16)
-    noise = torch.full_like(patches, 9.0).scatter(1, places, patches.gather(1, places))
-    assert torch.equal(model.encode(noise, seen), features)
+    def given_few(i):  # one image, with no gather: patches leave by boolean masks
+        keep = torch.zeros(16, dtype=torch.bool)
+        keep[seen[i]] = True
+        tokens = model.add_positions(p[i:i + 1])
+        rows = torch.cat([torch.tensor([True]), keep])
+        first = model.blocks[0](tokens[:, rows])
+        both = torch.cat([first, tokens[:, 1:][:, ~keep]], 1)
+        z = model.norm(model.blocks[1](both))[:, 1 + keep.sum():]
+        return 48 * (model.head * (p[i:i + 1, ~keep] - z)**2).mean(2).sum()
 
-@given(seeds, st.lists(st.integers(0, 16), min_size=1, max_size=5))
+    assert_close(model(x, seen), torch.stack([given_few(i) for i in range(3)]))
+
+@given(seeds, st.floats(0.05, 0.95))
 @settings(max_examples=8)
-def test_masked_and_whole_images_in_one_batch_equal_one_by_one(seed, numbers):
-    """An image shows by its zeros which way it goes; being told changes nothing."""
-    model, x = tiny_vit(), hide(images(seed, len(numbers)), numbers, seed)
-    told = torch.cat([model(x[i:i + 1], n) for i, n in enumerate(numbers)])
-    assert_close(model(x), told, rtol=1e-4, atol=1e-5)
-    alone = [ep.restore(model, x[i:i + 1], 3.0, 2) for i in range(len(x))]
-    together = ep.restore(model, x, 3.0, 2)
+def test_visible_patches_are_constants_in_any_order_and_hidden_ones_unknown_to_them(
+        seed, ratio):
+    model, x, seen = tiny_vit(seed % 7), images(seed), visible(seed, ratio=ratio)
+    hidden = ep.hidden_pixels(x, seen, 4).expand_as(x)
+    x_hat = ep.restore(partial(model, seen=seen), x, 3.0)[0]
+    assert torch.equal(x_hat != x, hidden)
+    assert_close(model(x, seen.flip(1)), model(x, seen), rtol=1e-4, atol=1e-2)
+    inputs = []
+    model.blocks[0].register_forward_hook(lambda block, args, out: inputs.append(args))
+    model(x, seen), model(torch.where(hidden, 9.0, x), seen)
+    assert torch.equal(*(args[0] for args in inputs)), "hidden ones are seen"
+
+@given(seeds, st.booleans())
+@settings(max_examples=8)
+def test_a_batch_equals_its_images_one_by_one(seed, masked):
+    """Each has patches of its own to see, and both steps are given the same."""
+    model, x = tiny_vit(), images(seed, 4)
+    seen = visible(seed, 4) if masked else None
+    one = [seen[i:i + 1] if masked else None for i in range(4)]
+    assert_close(model(x, seen), torch.cat([
+        model(x[i:i + 1], one[i]) for i in range(4)]), rtol=1e-4, atol=1e-3)
+    alone = [ep.restore(partial(model, seen=one[i]), x[i:i + 1], 0.01, 2)
+             for i in range(4)]
+    together = ep.restore(partial(model, seen=seen), x, 0.01, 2)
     assert_close(together, torch.cat(alone, 1), rtol=1e-3, atol=1e-4)
 
-@given(seeds, st.integers(1, 15))
-@settings(max_examples=8)
-def test_a_step_moves_hidden_pixels_alone(seed, number):
-    x_tilde = hide(images(seed), [number] * 3, seed)
-    x_hat = ep.restore(tiny_vit(seed % 7), x_tilde, 3.0)[0]
-    assert torch.equal(x_hat != x_tilde, x_tilde == 0)
+def test_a_constant_between_the_groups_changes_no_gradient():
+    """So nothing may be claimed of E given some patches against E given others."""
+    gradients = []
+    for constant in (0.0, 100.0):
+        model = tiny_vit()
+        energy = ep.Pretrainer(model, 0.1)
+        forward = model.forward
+        model.forward = lambda x, seen: forward(x, seen) + constant * (seen is not None)
+        x, x_tilde = images(0), images(1)
+        energy([(x, x_tilde, visible(0)), (x, x_tilde, None)]).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert_close(*gradients, rtol=0, atol=0)
 
 def test_energies_stay_float32_under_autocast():
     """In bfloat16, with its three digits, neighbouring energies would be one."""
-    model, x = ep.build_model("nano", 32, 4), images(0, 2, 32)
-    torch.nn.init.normal_(model.head.weight)
+    model, x = tiny_vit(), images(0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not torch.equal(model(x), model(x).bfloat16().float())
+        for energy in (model(x), model(x, visible(0))):
+            assert not torch.equal(energy, energy.bfloat16().float())
+
+def test_near_patches_have_similar_positions():
+    torch.manual_seed(0)
+    waves = ep.random_waves(6, 20000)[0]
+    similarity = waves @ waves.T / 20000 / 0.36
+    steps = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0))
+    expected = (-(0.7 * torch.cdist(steps, steps))**2 / 2).exp()
+    assert (similarity - expected).abs().max() < 0.04
 
 def test_features_equal_those_of_torchvisions_vit_with_the_same_weights():
-    model, x, tokens = tiny_vit(depth=2).double(), images(0, dtype=torch.float64), []
+    model, x, tokens = tiny_vit().double(), images(0, dtype=torch.float64), []
     other = torchvision.models.VisionTransformer(16, 4, 2, 2, 16, 64).double().eval()
     other.heads = torch.nn.Identity()
     inner = "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2".split()  # timm's names
@@ -276,44 +316,44 @@ def test_features_equal_those_of_torchvisions_vit_with_the_same_weights():
     names = ["cls_token", *names[:2], "pos_embed", *names[2:]]  # torchvision's order
     values = [torch.nn.init.normal_(p, std=0.2) for p in other.parameters()]
     weights = dict(zip(names, values, strict=True))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert all(name.startswith("head.") for name in missing) and not unexpected
+    assert model.load_state_dict(weights, strict=False) == (["head"], [])
     other.encoder.register_forward_hook(lambda module, args, out: tokens.append(out))
     other(x)
-    assert_close(model.encode(model.embed(x)), tokens[0][:, 1:])
+    assert_close(model.represent(x), tokens[0][:, 1:].mean(1))
 
-def test_all_parameters_train_and_the_first_step_moves_nothing():
+@pytest.mark.parametrize("name, masked", [
+    ("nano", False), ("nano", True), ("resnet18", False), ("resnet18", True)])
+def test_all_parameters_train_and_the_first_step_moves_nothing(name, masked):
     torch.manual_seed(0)
-    pretrainer = ep.Pretrainer(ep.build_model("nano", 32, 4), 256.0)
-    assert not pretrainer.model.head.weight.any()
-    optimizer = torch.optim.SGD(pretrainer.parameters(), lr=1.0)
+    pretrainer = ep.Pretrainer(ep.build_model(name, 32, 4), 1e-3)
+    assert not pretrainer.model.head.any()
+    optimizer = torch.optim.SGD(pretrainer.parameters(), lr=1e-2)
+    x, x_tilde, seen = images(1, 2, 32), images(2, 2, 32), None
+    if masked:
+        seen = ep.draw_visible(x, torch.Generator().manual_seed(0), 0.6, 4)
     for _ in range(2):  # the first only moves the head away from zero
         optimizer.zero_grad()
-        pretrainer(images(1, 2, 32), images(2, 2, 32)).backward()
+        pretrainer([(x, x_tilde, seen)]).backward()
         optimizer.step()
-    for name, p in pretrainer.named_parameters():
-        assert p.grad.isfinite().all() and p.grad.any(), name
+    for key, p in pretrainer.named_parameters():
+        linear = name == "resnet18" and p.ndim == 1  # dE/dx knows no bias before a ReLU
+        assert p.grad.isfinite().all() and (p.grad.any() or linear), key
 
-def test_the_second_step_begins_where_the_first_ended_with_a_whole_image():
-    pretrainer = ep.Pretrainer(tiny_vit(), 2.0, num_steps=2)
-    x, x_tilde = images(0), hide(images(1), [9] * 3)
-    x_hat = ep.restore(pretrainer.model, x_tilde, 2.0, 2)
-    assert torch.equal(x_hat[0] != x_tilde, x_tilde == 0)
-    assert (x_hat[1] != x_hat[0]).all()
-    expected = ep.restoration_loss(x_hat, x, x_tilde)
-    assert_close(pretrainer(x, x_tilde, 3, 9), expected)
-
-@pytest.mark.parametrize("num_masked, calls", [
-    (0, [(3, 0)]), (1, [(2, 0), (1, 9)]), (3, [(3, 9)])])
-def test_whole_and_masked_images_go_apart_and_never_an_empty_batch(num_masked, calls):
-    seen = []
-
-    def energy(y, num_hidden):
-        seen.append((len(y), num_hidden))
-        return bowl(1.0)(y)
-
-    ep.Pretrainer(energy, 1.0)(images(0), images(1), num_masked, 9)
-    assert seen == calls
+def test_torchvisions_networks_are_energies_and_those_that_cannot_are_refused():
+    """swin_t's attention has a second derivative, resnet18 does not mix images."""
+    for name in ("resnet18", "swin_t"):
+        torch.manual_seed(0)
+        model, x = ep.build_model(name, 32, 4), images(0, 2, 32)
+        torch.nn.init.normal_(model.head)
+        seen = ep.draw_visible(x, torch.Generator().manual_seed(0), 0.6, 4)
+        hidden = ep.hidden_pixels(x, seen, 4).expand_as(x)
+        x_hat = ep.restore(partial(model, seen=seen), x, 1e-4)[0]
+        assert ((x_hat != x) <= hidden).all() and (x_hat != x).any()
+        assert_close(model(x)[:1], model(x[:1]), rtol=1e-4, atol=0.5)
+        assert_close(model(x), 3 * 32**2 * model.represent(x) @ model.head)
+    for name in ("mobilenet_v3_small", "squeezenet1_0", "vit_b_16", "jigsaw"):
+        with pytest.raises(ep.UserError, match=f"--model {name}"):
+            ep.build_model(name, 32, 4)
 
 class Counter(TorchDispatchMode):
     """Counts multiplications; FlopCounterMode cannot look into torch.func.grad."""
@@ -326,13 +366,13 @@ class Counter(TorchDispatchMode):
         return out
 
 def test_a_mim_step_costs_at_most_0_7_supervised_ones_and_a_whole_one_2_3():
-    """ViT-S/16, 224 px, 3/4 hidden; "meta" tensors have a shape and no numbers."""
+    """ViT-S/16, 224 px, default ratio; "meta" tensors have a shape and no numbers."""
     with torch.device("meta"):
-        model, x = ep.build_model("small", 224, 16), torch.empty(128, 3, 224, 224)
+        model, x = ep.build_model("small", 224, 16), torch.empty(8, 3, 224, 224)
+        seen = torch.empty(8, 78, dtype=torch.long)
     pretrainer, flops = ep.Pretrainer(model, 1.0), []
-    num_masked = 128 - math.ceil(128 * OPTIONS["partial_share"])
-    for loss in (lambda: model.represent(x).sum(), lambda: pretrainer(x, x),
-                 lambda: pretrainer(x, x, num_masked, 147)):
+    for loss in (lambda: model.represent(x).sum(), lambda: pretrainer([(x, x, None)]),
+                 lambda: pretrainer([(x, x, seen)])):
         with Counter() as counter:
             loss().backward()
         flops.append(counter.total)
@@ -348,43 +388,34 @@ def test_a_generator_follows_from_its_key(key):
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert ep.seed_from("crop", 0, 17) == 2794066429  # in every version of Python
 
-@pytest.mark.parametrize("size, expected", [("", (0, 0, 1)), ("4", (1, 2, 4))])
-def test_half_of_a_launchers_environment_is_one_process(monkeypatch, size, expected):
+@pytest.mark.parametrize("launched", [True, False])
+def test_only_a_launchers_environment_makes_several_processes(monkeypatch, launched):
     """RANK=1 left over from a job would print and save nothing."""
-    for name, value in {"RANK": "1", "LOCAL_RANK": "2", "WORLD_SIZE": size,
-                        "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
+        if launched or name != "LOCAL_RANK":
+            monkeypatch.setenv(name, value)
     module = runpy.run_path(SCRIPT)
-    assert (module["RANK"], module["LOCAL_RANK"], module["WORLD_SIZE"]) == expected
+    found = module["RANK"], module["LOCAL_RANK"], module["WORLD_SIZE"]
+    assert found == ((1, 2, 4) if launched else (0, 0, 1))
 
-@pytest.mark.parametrize("launched, count, rank, index", [
-    (True, 4, 2, 2), (False, 4, 2, 2), (False, 1, 2, 0), (True, 1, 2, None)])
-def test_a_process_takes_its_own_gpu(monkeypatch, launched, count, rank, index):
-    """srun shows each process one GPU alone; torchrun shows all to each."""
-    monkeypatch.setattr(ep, "LOCAL_RANK", rank)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+def test_a_process_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(ep, "LOCAL_RANK", 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    monkeypatch.setattr(ep.dist, "is_torchelastic_launched", lambda: launched)
-    if index is None:
-        with pytest.raises(ep.UserError, match=f"cuda:{rank}: not on this machine"):
-            ep.choose_device("cuda")
-    else:
-        assert ep.choose_device("cuda") == torch.device("cuda", index)
-        torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert ep.choose_device("cuda") == torch.device("cuda", 2)
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ep.UserError, match="no device 2"):
+        ep.choose_device("cuda")
 
 @pytest.fixture
 def own_group():
-    """A process group of the caller's, of one process."""
+    """A process group of one process."""
     torch.distributed.init_process_group(
         "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
-
-def test_a_callers_own_process_group_stays(tmp_path, monkeypatch, own_group):
-    monkeypatch.setattr(ep, "WORLD_SIZE", 2)
-    monkeypatch.setattr(ep, "train", lambda *inputs: None)
-    run("--task", "sr", "--out", tmp_path)
-    assert torch.distributed.is_initialized()
 
 # ==== 5. Data ====================================================================
 
@@ -404,9 +435,10 @@ def test_every_use_step_and_process_has_its_own_landscapes():
     assert len({x.sum().item() for x in batches}) == 8
 
 def peoples_images(folder):
-    """One file of each sort that people have, the readable ones red."""
+    """One file of each kind that people have; the readable ones are red."""
     red = Image.new("RGB", (40, 30), (200, 40, 40))
-    for name in ("@alice", "deep/er", ".hidden", "@eaDir"):
+    for name in ("@alice", "deep/er", ".hidden", "@eaDir", "#recycle", "@Recycle",
+                 "$RECYCLE.BIN"):
         (folder / name).mkdir(parents=True)
         red.save(folder / name / "image.png")
     red.save(folder / "photo.JPG", "JPEG")
@@ -421,9 +453,10 @@ def peoples_images(folder):
     (folder / "link").symlink_to(folder / "deep", target_is_directory=True)
     (folder / "deep" / "up").symlink_to(folder, target_is_directory=True)
     (folder / "same.png").symlink_to(folder / "palette.png")
+    os.mkfifo(folder / "pipe.jpg")
 
 def class_folders(folder):
-    """20 dark images and 20 bright ones, each sort in a folder of its own."""
+    """20 dark images and 20 bright ones, each kind in a folder of its own."""
     for i in range(40):
         (folder / f"kind{i % 2}").mkdir(parents=True, exist_ok=True)
         noise = Image.effect_noise((20, 20), 60).point(lambda v: v // 2 + 100 * (i % 2))
@@ -439,8 +472,21 @@ def test_a_folders_images_are_found_and_what_is_left_out_is_said(tmp_path, capsy
     assert ep.find_images(files[3]) == [files[3]]
     crops = ep.Crops(files, 16, False)
     for index, file in enumerate(files):
-        error = crops[index, 0][:, 8, 8] - torch.tensor([200.0, 40.0, 40.0])
-        assert crops[index, 0].shape == (3, 16, 16) and error.abs().max() < 12, file
+        error = crops.load(index)[:, 8, 8] - torch.tensor([200.0, 40.0, 40.0])
+        assert crops.load(index).shape == (3, 16, 16) and error.abs().max() < 12, file
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
+    class_folders(tmp_path)
+    scandir = os.scandir
+
+    def fails(path):
+        if path.endswith("kind1"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fails)
+    assert len(ep.find_images(str(tmp_path))) == 20
+    assert f"Permission denied: '{tmp_path}/kind1'" in capsys.readouterr().err
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_drawings_on_a_transparent_ground_are_laid_on_white(tmp_path, mode):
@@ -448,7 +494,7 @@ def test_drawings_on_a_transparent_ground_are_laid_on_white(tmp_path, mode):
     drawing = Image.new("RGBA", (20, 20))
     drawing.paste((0, 0, 0, 255), (0, 0, 10, 20))
     drawing.convert(mode).save(tmp_path / "drawing.png")
-    pixels = ep.Crops([str(tmp_path / "drawing.png")], 20, False)[0, 0]
+    pixels = ep.Crops([str(tmp_path / "drawing.png")], 20, False).load(0)
     assert (pixels[:, :, :10] == 0).all() and (pixels[:, :, 10:] == 255).all()
 
 def test_photographs_are_turned_upright_and_large_jpegs_decoded_small(tmp_path):
@@ -457,35 +503,57 @@ def test_photographs_are_turned_upright_and_large_jpegs_decoded_small(tmp_path):
     exif[274] = 6  # the camera was held on its side
     image.save(path, exif=exif)
     crops = ep.Crops([str(path)], 16, False)
-    assert crops[0, 0][:, 0].min() > 240 and crops[0, 0][:, -1].max() < 15
+    assert crops.load(0)[:, 0].min() > 240 and crops.load(0)[:, -1].max() < 15
     assert max(crops.decode(str(path)).size) < 200
 
-@pytest.mark.parametrize("fault", ["cut", "I;16", "F"])
-def test_in_place_of_an_unusable_file_come_others_at_random(tmp_path, capsys, fault):
-    paths = [str(tmp_path / f"{i}.tif") for i in range(6)]
+def png_of_16_bits(path, color):
+    """Pillow cannot write one. color: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+    def chunk(kind, data):
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    row = b"\0" + struct.pack(">H", 3000) * 20 * {0: 1, 2: 3, 4: 2, 6: 4}[color]
+    header = struct.pack(">IIBBBBB", 20, 20, 16, color, 0, 0, 0)
+    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(
+        b"IDAT", zlib.compress(row * 20)) + chunk(b"IEND", b""))
+
+@pytest.mark.parametrize("fault", ["cut", "F", 0, 2, 4, 6])
+def test_in_place_of_an_unusable_file_training_takes_others_at_random(
+        tmp_path, capsys, fault):
+    paths = [str(tmp_path / f"{i}.png") for i in range(6)]
     for i, path in enumerate(paths):
         Image.new("RGB", (20, 20), (40 * i, 0, 0)).save(path)
     if fault == "cut":
         Path(paths[0]).write_bytes(Path(paths[0]).read_bytes()[:45])
+    elif fault == "F":
+        Image.new("F", (20, 20)).save(paths[0], "TIFF")
     else:
-        Image.new(fault, (20, 20)).save(paths[0])
+        png_of_16_bits(paths[0], fault)
     crops = ep.Crops(paths, 16, False)
     drawn = [crops[0, seed][0, 0, 0].item() // 40 for seed in range(60)]
     assert all(drawn.count(i) > 2 for i in range(1, 6)) and 0 not in drawn
     assert f"left out {paths[0]}" in capsys.readouterr().err
-    with pytest.raises(ep.UserError, match="0.tif cannot be used"):
+    with pytest.raises(ValueError, match="0.png: "):
+        crops.load(0)
+    with pytest.raises(ep.UserError, match="0.png: .*and 99 images"):
         ep.Crops(paths[:1], 16, False)[0, 0]
 
-def test_crops_follow_from_their_seed_or_are_the_middle(tmp_path):
+def test_crops_follow_from_their_seed_or_are_centred(tmp_path):
     noise = Image.effect_noise((64, 96), 80).convert("RGB")
     noise.save(tmp_path / "noise.png")
-    crops, middle = (ep.Crops([str(tmp_path / "noise.png")], 16, augment)
-                     for augment in (True, False))
+    crops, centred = (ep.Crops([str(tmp_path / "noise.png")], 16, augment)
+                      for augment in (True, False))
+    state = torch.get_rng_state()
     assert torch.equal(crops[0, 5], crops[0, 5])
     assert not torch.equal(crops[0, 5], crops[0, 6])
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator moved"
     small = noise.resize((16, 24), Image.Resampling.BILINEAR).crop((0, 4, 16, 20))
     expected = torchvision.transforms.v2.functional.pil_to_tensor(small)
-    assert torch.equal(middle[0, 5], expected)
+    assert torch.equal(centred[0, 5], expected)
+    Image.linear_gradient("L").rotate(90).save(tmp_path / "ramp.png")
+    ramps = ep.Crops([str(tmp_path / "ramp.png")], 16, True)
+    rising = [bool(ramps[0, s][0, 8, 0] < ramps[0, s][0, 8, 15]) for s in range(40)]
+    assert 10 < sum(rising) < 30, "half of the crops are flipped"
 
 @given(seeds, st.integers(1, 20), st.sampled_from([1, 2, 4]), st.integers(1, 3))
 def test_every_image_comes_once_an_epoch_to_any_number_of_processes(
@@ -519,42 +587,19 @@ def test_pixels_lie_between_minus_one_and_one_and_a_single_image_is_whole(tmp_pa
         x = next(ep.image_batches(parse(*more), files, CPU, 2, [0], "train"))
         assert (x[..., :8] == -1).all() and (x[..., 8:] == 1).all()
 
-def test_the_first_epoch_sees_each_image_once(tmp_path, monkeypatch):
-    class_folders(tmp_path / "images")
-    decoded, decode = [], ep.Crops.decode
-    monkeypatch.setattr(ep.Crops, "decode", lambda self, file: (
-        decoded.append(file), decode(self, file))[1])
-    run("--epochs", 1, "--task", "sr", "--data", tmp_path / "images", "--out", tmp_path)
-    assert saved(tmp_path)["config"]["max_steps"] == 9  # 36 images by fours
-    assert len(decoded) == 36 + 4 and len(set(decoded)) == 40
-
-def test_cifar10_is_downloaded_and_has_its_own_held_out_part(
-        tmp_path, monkeypatch, capsys):
-    class Cifar:
-        def __init__(self, root, train=True, download=False):
-            if online is False:
-                raise OSError("no route to host")
-            self.data = torch.zeros(50 if train else 10, 32, 32, 3).byte().numpy()
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
-    arguments, online = ("--data", "cifar10", "--task", "sr", "--out", tmp_path), True
-    train, held_out, _ = ep.open_data(parse(*arguments))
-    assert len(train) == 50 and len(held_out) == 10 and run(*arguments)
-    online = False
-    assert "cifar10: cannot be downloaded" in one_line(capsys, *arguments)
-
 # ==== 6. Optimisers and schedule =================================================
 
 def test_muon_moves_inner_matrices_and_only_weights_decay():
-    pretrainer = ep.Pretrainer(ep.build_model("nano", 32, 4), 256.0)
-    place = {id(p): (type(optimizer).__name__, group["weight_decay"])
-             for optimizer in ep.build_optimizers(pretrainer, 0.1)
+    pretrainer = ep.Pretrainer(ep.build_model("nano", 32, 4), 1.0)
+    adamw, muon = ep.build_optimizers(pretrainer, 0.1)
+    place = {id(p): (optimizer, group["weight_decay"]) for optimizer in (adamw, muon)
              for group in optimizer.param_groups for p in group["params"]}
     for name, p in pretrainer.named_parameters():
         inner = p.ndim == 2 and ("attn" in name or "mlp" in name)
         decay = 0.1 if p.ndim > 1 and len(p) > 1 else 0.0
-        assert place.pop(id(p)) == ("Muon" if inner else "AdamW", decay), name
-    assert not place
+        assert place.pop(id(p)) == (muon if inner else adamw, decay), name
+    assert not place and len(ep.build_optimizers(torch.nn.Conv2d(3, 3, 3), 0.1)) == 1
+    assert adamw.defaults["betas"] == (0.9, 0.95) and muon.defaults["momentum"] == 0.9
 
 @given(st.integers(1, 200))
 def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(steps):
@@ -588,8 +633,10 @@ def saved(out):
         record.pop("images_per_second")
     return checkpoint
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    args = parse("--out", tmp_path / "new")
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
+    args, synced, replace = parse("--out", tmp_path / "new"), [], os.replace
+    monkeypatch.setattr(os, "fsync", synced.append)
+    monkeypatch.setattr(os, "replace", lambda *paths: replace(*paths) or synced.pop())
     ep.write_file(args, "a", lambda file: file.write(b"old"))
 
     def breaks(file):
@@ -598,7 +645,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
     with pytest.raises(ep.UserError, match="new/a: cannot be written.* space left"):
         ep.write_file(args, "a", breaks)
-    assert (tmp_path / "new" / "a").read_bytes() == b"old"
+    assert (tmp_path / "new" / "a").read_bytes() == b"old" and not synced
 
 def test_an_out_that_cannot_be_written_is_said_before_the_first_step(
         tmp_path, capsys, monkeypatch):
@@ -608,15 +655,17 @@ def test_an_out_that_cannot_be_written_is_said_before_the_first_step(
     assert f"{tmp_path}/file/log.jsonl: cannot be written" in said
     assert (tmp_path / "file").read_text() == "kept"
 
-def test_a_run_that_took_no_step_may_begin_anew_with_other_flags(tmp_path, monkeypatch):
+def test_a_run_that_took_no_step_pins_no_flag_and_cannot_be_evaluated(
+        tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.delattr(ep, "corrupt_batch")  # as if memory were too small
         with pytest.raises(NameError):
             run("--task", "sr", "--out", tmp_path)
+    assert "has taken no step" in one_line(capsys, "--evaluate", "--out", tmp_path)
     assert run("--task", "sr", "--out", tmp_path, "--batch-size", 2)
 
 @pytest.mark.parametrize("data", ["procedural", "images"])
-def test_going_on_equals_never_having_stopped_bit_for_bit(
+def test_resuming_equals_never_having_stopped_bit_for_bit(
         tmp_path, data, monkeypatch, capsys):
     peoples_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
@@ -652,14 +701,12 @@ def update_parameters(*inputs):
     return update(*inputs)
 ep.update_parameters = update_parameters
 ep.main(sys.argv[1:])
-ep.main([*sys.argv[1:-1], sys.argv[-1] + '/again'])
 """
 
 def test_two_processes_one_of_them_killed_equal_one(tmp_path):
-    """The whole program, on files and whole corruptions, so that both see the same
+    """The whole program, on files and with full corruptions, so that both see the same
     batches: the weights differ by rounding, which AdamW enlarges where gradients are
-    tiny. After a save one process kills itself, and torchrun starts both again. Then
-    main runs once more in the same processes."""
+    tiny. After a save one process kills itself, and torchrun starts both again."""
     class_folders(tmp_path / "images")
     (tmp_path / "killed.py").write_text(KILLED)
     base = ["--task", "sr", "--partial-share", "0", "--save-every", "1", "--data",
@@ -672,18 +719,18 @@ def test_two_processes_one_of_them_killed_equal_one(tmp_path):
         capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     assert "two/checkpoint.pt: step" in done.stdout and "2 processes" in done.stdout
-    assert done.stdout.count("evaluating on") == 2
+    assert done.stdout.count("evaluating on") == 1
     run(*base, tmp_path / "one")
-    one, two, again = (saved(tmp_path / out) for out in ("one", "two", "two/again"))
+    one, two = (saved(tmp_path / out) for out in ("one", "two"))
     assert [record["step"] for record in two["log"]] == [1, 2, 3, 4]
     for name, value in two["model"].items():
-        for other in (one, again):
-            assert_close(other["model"][name], value, rtol=0.02, atol=2e-3)
+        assert_close(one["model"][name], value, rtol=0.02, atol=2e-3)
 
-def test_a_run_goes_on_with_its_images_elsewhere_but_not_with_others(tmp_path, capsys):
+def test_a_run_resumes_with_its_images_elsewhere_but_not_with_others(tmp_path, capsys):
     class_folders(tmp_path / "here")
     base = "--task", "sr", "--epochs", 1, "--out", tmp_path / "run", "--data"
     run(*base, tmp_path / "here")
+    assert saved(tmp_path / "run")["config"]["max_steps"] == 9  # 36 images by fours
     (tmp_path / "here").rename(tmp_path / "there")
     run(*base, tmp_path / "there", "--eval-images", 5)
     assert "run/checkpoint.pt: step 9" in capsys.readouterr().out
@@ -696,7 +743,7 @@ def test_a_run_goes_on_with_its_images_elsewhere_but_not_with_others(tmp_path, c
     said = one_line(capsys, *single, tmp_path / "there" / "kind0" / "04.png")
     assert "has images 2 files" in said
 
-def test_checkpoints_that_do_not_serve_end_in_one_line_and_stay(tmp_path, capsys):
+def test_unusable_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
     path, base = tmp_path / "checkpoint.pt", ("--task", "mim", "--out", tmp_path)
     run(*base)
     whole, loaded = path.read_bytes(), torch.load(path)
@@ -711,22 +758,24 @@ def test_checkpoints_that_do_not_serve_end_in_one_line_and_stay(tmp_path, capsys
         assert path.read_bytes() == content
     for content in ({"weights": 1}, loaded | {"log": Path("unpickles to a call")}):
         torch.save(content, path)
-        assert "no checkpoint of ours" in one_line(capsys, *base)
+        assert "missing, damaged or not ours" in one_line(capsys, *base)
     path.write_bytes(whole)
-    assert run(*base, "--lr", 1e-4)  # what a diverged run needs is free
+    assert run(*base, "--lr", 1e-4)  # a run that diverged resumes with a lower one
 
 # ==== 8. Evaluation ==============================================================
 
 def test_evaluate_measures_restoration():
     """If E = 0 a step stays where it is."""
-    x = images(0, 6)
+    x = images(0, 40)
     assert ep.psnr(x + 0.2, x) == pytest.approx(20)
-    still = ep.Pretrainer(tiny_vit(head=False), 1.0, num_steps=2)
-    metrics, iterates = ep.evaluate(still, x, ["mim"], OPTIONS, chunk=4)
-    row, (x_tilde, _, x_2) = metrics["mim"], iterates["mim"]
+    still = ep.Pretrainer(ep.ViT(16, 4, 16, 2, 2), 1.0, num_steps=2)
+    metrics, pictures = ep.evaluate(still, x, ["mim"], OPTIONS)
+    row, (rows, energies) = metrics["mim"], pictures["mim"]
+    assert rows.shape == (4, 40, 3, 16, 16) and energies.shape == (4, 40)
+    assert torch.equal(rows[0], x) and torch.equal(rows[1], rows[3])
     assert row["psnr_corrupted"] == row["psnr_step_1"] == row["psnr_step_2"]
-    assert row["order"] == 0 and torch.equal(x_tilde, x_2)
-    of_all_pixels = ep.psnr(x_tilde, x)  # of which 10 / 16 are hidden
+    assert row["order"] == row["order_other"] == 0 and row["psnr_clean"] > 100
+    of_all_pixels = ep.psnr(rows[1], x)  # of which 10 / 16 are hidden
     assert row["psnr_corrupted"] == pytest.approx(of_all_pixels - 2.04, abs=0.05)
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -739,17 +788,41 @@ def test_evaluate_measures_whether_low_energy_means_data(sign):
     assert row["psnr_clean"] > 100 and abs(row["psnr_corrupted"]) < 0.1
     assert row["psnr_step_1"] > 100 if sign == 1 else row["psnr_step_1"] < -5
 
-def test_the_picture_shows_two_images_a_task_above_their_energies():
+def test_in_mim_all_energies_are_given_the_same_patches():
+    """Here E adds the visible pixels, by which all versions of an image are equal."""
+    def energy(x, seen):
+        hidden = ep.hidden_pixels(x, seen, 4)
+        return (x.abs() * hidden).flatten(1).sum(1) + 1e3 * (x * ~hidden).sum((1, 2, 3))
+
+    x = torch.linspace(1, 0.1, 40).view(-1, 1, 1, 1).expand(-1, 3, 16, 16)  # fainter
+    row = ep.evaluate(ep.Pretrainer(energy, 0.0), x, ["mim"], OPTIONS)[0]["mim"]
+    assert row["order"] == row["order_quarter"] == 0, "hidden zeros have the lowest E"
+    assert row["order_other"] == pytest.approx(39 / 40)  # the neighbour is stronger
+
+def test_each_task_is_always_corrupted_by_random_numbers_of_its_own(monkeypatch):
+    seeds, pretrainer = [], ep.Pretrainer(bowl(1.0), 1.0)
+    monkeypatch.setattr(ep, "corrupt", lambda x, task, generator, options: (
+        seeds.append(generator.initial_seed()), (x + 1, None))[1])
+    for _ in range(2):
+        ep.evaluate(pretrainer, images(0), ["sr", "denoise"], OPTIONS)
+    assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
+
+def test_the_picture_shows_two_images_a_task_with_their_energies_and_names():
     x = 3 * torch.ones(4, 3, 16, 16)  # beyond [-1, 1]: white, and below black
-    picture = ep.draw_picture(lambda images: images.mean((1, 2, 3)), x,
-                              {"sr": [-x] * 3, "color": [x] * 3})
+    pictures = {"sr": (torch.stack([x, -x, -x, -x]), torch.zeros(4, 4)),
+                "color": (torch.stack([x] * 4), torch.zeros(4, 4))}
+    picture = ep.draw_picture(pictures)
     assert picture.size == (76 + 16 + 4 * 104, 16 + 4 * 104)  # 2 steps, so 4 rows
     for row, colour in enumerate([255, 0, 0, 0]):
         assert picture.getpixel((130, 60 + 104 * row)) == (colour,) * 3
         assert picture.getpixel((130 + 2 * 104, 60 + 104 * row)) == (255,) * 3
-        for left, top, right, bottom in (0, 40, 76, 70), (404, 105, 492, 119):
-            text = picture.crop((left, top + 104 * row, right, bottom + 104 * row))
-            assert text.convert("L").getextrema()[0] < 100
+        text = picture.crop((404, 105 + 104 * row, 492, 119 + 104 * row))
+        assert text.convert("L").getextrema()[0] < 100
+    for place, text in ((4, 44), "clean"), ((4, 148), "corrupted"), ((300, 2), "color"):
+        box = (*place, place[0] + 70, place[1] + 12)
+        expected = Image.new("RGB", picture.size, "white")
+        ImageDraw.Draw(expected).text(place, text, "black")
+        assert picture.crop(box).tobytes() == expected.crop(box).tobytes(), text
 
 def test_a_task_that_changes_nothing_is_named(capsys):
     grey = images(0)[:, :1].expand(-1, 3, -1, -1)
@@ -760,30 +833,81 @@ def test_a_task_that_changes_nothing_is_named(capsys):
 
 # ==== 9. Pretraining =============================================================
 
-def test_a_run_leaves_its_files_and_evaluate_repeats_it(tmp_path, capsys):
-    out = tmp_path / "run"
-    metrics = run("--restore-steps", 2, "--out", out)
+def test_a_run_leaves_its_files_and_prints_what_it_does(tmp_path, capsys):
+    metrics = run("--restore-steps", 2, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == [
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "backbone.pt", "checkpoint.pt", "log.jsonl", "metrics.json", "restorations.png"]
-    assert metrics == json.loads((out / "metrics.json").read_text())
+    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert list(metrics) == ep.TASKS and "psnr_step_2" in metrics["sr"]
-    for word in ("minutes left", "step 4", "evaluating on 12 images", "order_quarter"):
+    for word in ("minutes left", "step 4", "evaluating on 12 images", "order_other"):
         assert word in printed
-    record = json.loads((out / "log.jsonl").read_text().splitlines()[-1])
-    assert list(record) == ["step", "loss", "gradient_norm", "lr", "images_per_second"]
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert list(json.loads(lines[-1])) == [
+        "step", "loss", "gradient_norm", "lr", "images_per_second"]
     names = ep.build_model("nano", 16, 4).state_dict()
-    backbone = torch.load(out / "backbone.pt")
-    assert [n for n in names if not n.startswith("head.")] == list(backbone)
+    backbone = torch.load(tmp_path / "run" / "backbone.pt")
+    assert [name for name in names if name != "head"] == list(backbone)
 
+def test_evaluate_repeats_a_run_and_the_loaded_energy_is_its_energy(tmp_path, capsys):
+    out = tmp_path / "run"
+    metrics = run("--alpha", 0.5, "--out", out)
     again = ["--evaluate", "--device", "cpu", "--out", str(out), "--workers", "0"]
     assert ep.main([*again, "--max-steps", "9"]) == metrics  # it takes no step
     x = next(ep.image_batches(parse(), None, CPU, 12, [0], "held out"))
-    mean = ep.load_energy(str(out / "checkpoint.pt"))(x).mean().item()
-    assert mean == pytest.approx(metrics["sr"]["energy_clean"], abs=1e-5)
+    energy = ep.load_energy(str(out / "checkpoint.pt"))
+    mean = energy(x).mean().item()
+    assert mean == pytest.approx(metrics["sr"]["energy_clean"], rel=1e-4)
+    assert energy.alpha == 0.5 and not energy.head.requires_grad
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
     ep.main([*again, "--data", str(tmp_path / "photo.jpg")])  # restores one's own
     assert "evaluating on 1 images" in capsys.readouterr().out
+
+def test_a_torchvision_backbone_loads_into_torchvision(tmp_path):
+    """Its first step must not explode; a spike of the gradient is clipped."""
+    run("--model", "resnet18", "--task", "mim,sr", "--max-steps", 2, "--lr", 1e-3,
+        "--image-size", 32, "--out", tmp_path)
+    backbone = torch.load(tmp_path / "backbone.pt")
+    missing = torchvision.models.resnet18().load_state_dict(backbone, strict=False)
+    assert missing == (["fc.weight", "fc.bias"], [])
+
+def test_every_step_process_and_seed_has_its_own_corruptions(tmp_path, monkeypatch):
+    """And the rotation of tasks differs between neighbouring steps and processes."""
+    seeds, shifts = set(), []
+
+    def corrupt_batch(x, tasks, generator, options, shift):
+        seeds.add(generator.initial_seed())
+        shifts.append(shift)
+        return [(x, x + 0.1, None)]
+
+    monkeypatch.setattr(ep, "corrupt_batch", corrupt_batch)
+    for rank, seed in ((0, 0), (1, 0), (0, 1)):
+        monkeypatch.setattr(ep, "RANK", rank)
+        args = parse("--max-steps", 2, "--seed", seed, "--out", tmp_path / str(seed))
+        if rank == 1:
+            args.out = str(tmp_path / "rank1")
+        ep.train(args, ep.Pretrainer(tiny_vit(), 1.0), None, CPU)
+    assert len(seeds) == 6 and shifts == [1, 2, 2, 3, 1, 2]
+
+def test_gradients_are_clipped_and_infinite_ones_stop_the_run(tmp_path, monkeypatch):
+    norms, update = [], ep.update_parameters
+    pretrainer = ep.Pretrainer(tiny_vit(), 10.0)
+
+    def update_parameters(args, optimizers, step):
+        norms.append(torch.nn.utils.get_total_norm(
+            [p.grad for p in pretrainer.parameters()]).item())
+        return update(args, optimizers, step)
+
+    monkeypatch.setattr(ep, "update_parameters", update_parameters)
+    args = parse("--out", tmp_path, "--max-steps", 1)
+    ep.train(args, pretrainer, None, CPU)
+    assert norms == [pytest.approx(1.0, rel=1e-3)]
+    assert saved(tmp_path)["log"][-1]["gradient_norm"] > 1
+    pretrainer.model.cls_token.register_hook(lambda gradient: gradient * math.inf)
+    args.out = str(tmp_path / "other")
+    with pytest.raises(ep.UserError, match="gradient norm (inf|nan)"):
+        ep.train(args, pretrainer, None, CPU)
+    assert not saved(args.out)["log"]
 
 def test_compiled_and_distributed_gradients_equal_eager(monkeypatch, own_group):
     """torch would cut the graph at the buckets of DistributedDataParallel, and fail.
@@ -795,13 +919,14 @@ def test_compiled_and_distributed_gradients_equal_eager(monkeypatch, own_group):
     monkeypatch.setattr(parallel, "DistributedDataParallel", partial(
         parallel.DistributedDataParallel, bucket_cap_mb=0.01))  # many, as if large
     monkeypatch.setattr(torch.distributed, "_DEFAULT_FIRST_BUCKET_BYTES", 1000)
+    groups = [(images(i), images(i + 1), visible(i)) for i in range(2)]
+    groups.append((images(3), images(4), None))
     for args.compile in (False, True):
-        pretrainer = ep.Pretrainer(tiny_vit(), 2.0)
+        pretrainer = ep.Pretrainer(tiny_vit(), 0.1)
         pretrainer.compile = partial(ep.Pretrainer.compile, pretrainer)
         module = ep.wrap(args, pretrainer)
         assert bool(pretrainer._compiled_call_impl) == args.compile
-        loss = module(images(0), hide(images(1), [0, 9, 9]), 2, 9)
-        loss = loss + module(images(0), hide(images(2), [9] * 3), 3, 9)
+        loss = module(groups[1:]) + module(groups[:1])
         loss.backward()
         results.append([loss, *(p.grad for p in pretrainer.parameters())])
     assert_close(*results, rtol=1e-4, atol=1e-5)
@@ -819,7 +944,7 @@ def test_processes_with_different_checkpoints_end_in_one_line(tmp_path, monkeypa
 
 def test_a_diverging_run_stops_in_one_line_and_keeps_the_checkpoint(tmp_path, capsys):
     base = "--task", "sr", "--out", tmp_path, "--save-every", 1, "--max-steps", 9
-    assert "not saved; lower --lr" in one_line(capsys, *base, "--lr", 1e9)
+    assert "with a lower --lr" in one_line(capsys, *base, "--lr", 1e9)
     assert saved(tmp_path)["log"][-1]["loss"] < 1e30
 
 def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
@@ -827,24 +952,22 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
                   "--max-steps", 40, "--eval-images", 64)
     for row in metrics.values():
         assert row["psnr_step_1"] > row["psnr_corrupted"] + 1.5, row
-        assert row["order"] > 0.95, row
+        assert row["order"] > 0.9, row
 
 # ==== 10. Command line ===========================================================
 
 @pytest.mark.parametrize("arguments, message", [
     ("--task jigsaw", "--task jigsaw: choose from mim, sort"),
-    ("--model resnet19", "--model resnet19: choose from nano, mini"),
+    ("--model resnet19", "--model resnet19: choose nano, mini"),
     ("--image-size 18 --task sr", "--patch-size 4: must be above 1 and divide"),
     ("--sort-grid 1", "--sort-grid 1: must be above 1 and divide"),
     ("--mask-ratio 0.99", "--mask-ratio 0.99: hides no patch or all"),
-    ("--partial-share 1", "--partial-share 1.0: must be below 1"),
-    ("--patch-size 0", "--patch-size 0: out of range"),
-    ("--epochs inf", "--epochs inf: out of range"),
-    ("--epochs 2", "--epochs 2.0: is for --data"),
-    ("--data=", "--data : is empty"),
+    ("--partial-share 1", "--partial-share: 1 is not in [0, 1)"),
+    ("--epochs inf", "--epochs: inf is not in"),
+    ("--epochs 2", "--epochs 2.0: needs --data"),
     ("--data /no/such.jpg", "--data /no/such.jpg: no image there (.jpg"),
-    ("--device tpu", "--device tpu: choose cpu or cuda"),
-    ("--max-steps many", "--max-steps: invalid int value"),
+    ("--device tpu", "--device: invalid choice: 'tpu'"),
+    ("--max-steps many", "--max-steps: invalid"),
     ("--evaluate", "checkpoint.pt: missing, damaged"),
     ("--batch-size 5", "--batch-size 5: must be a multiple of the 2 processes"),
     ("--out " + "x" * 300, "File name too long")])
@@ -858,109 +981,109 @@ def test_a_folder_of_unusable_files_ends_in_one_line(tmp_path, capsys):
     """Also where another process decodes, whose traceback comes with the error."""
     Image.new("F", (20, 20)).save(tmp_path / "float.tif")
     arguments = "--data", tmp_path, "--workers", 1, "--out", tmp_path
-    assert f"error: {tmp_path}/float.tif cannot" in one_line(capsys, *arguments)
+    assert f"error: {tmp_path}/float.tif: more" in one_line(capsys, *arguments)
 
-@pytest.mark.parametrize("error, message", [
-    (torch.OutOfMemoryError("CUDA out of memory"), "error: out of memory"),
-    (RuntimeError("CPUAllocator: can't allocate memory"), "error: out of memory"),
-    (torch._dynamo.exc.InternalTorchDynamoError("g++"), "error: --compile fails (In"),
-    (RuntimeError("a bug"), None)])
-def test_what_the_machine_lacks_is_one_line_and_a_bug_keeps_its_traceback(
-        tmp_path, capsys, monkeypatch, error, message):
-    def fails(*args):
-        raise error
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    monkeypatch.delattr(ep, "restoration_loss")
+    with pytest.raises(NameError):
+        run("--out", tmp_path)
 
-    monkeypatch.setattr(ep.ViT, "forward", fails)
-    if message:
-        assert message in one_line(capsys, "--out", tmp_path)
-    else:
-        with pytest.raises(RuntimeError, match="a bug"):
-            run("--out", tmp_path)
-
-def test_defaults_follow_the_device_and_what_was_typed(monkeypatch):
-    def parsed(*typed):
-        args = ep.parse_args(typed)
-        return args.model, args.max_steps, args.compile, args.out, args.data
+def test_defaults_follow_the_device_and_what_was_given(monkeypatch, capsys):
+    def parsed(*given):
+        args = ep.parse_args(given)
+        return args.model, args.max_steps, args.compile, args.out, args.sort_grid
 
     monkeypatch.setenv("HOME", "/home/me")
-    on_gpu = ["--device", "cuda", "--max-steps", "7", "--data", "~", "--out", "~/run"]
-    assert parsed("--device", "cpu") == ("nano", 1500, False, "runs/all", "procedural")
-    assert parsed(*on_gpu) == ("small", 7, True, "/home/me/run", "/home/me")
-    assert "nano, on GPUs small" in ep.build_parser().format_help()
-    for task, share in (("mim", 0), ("mim,sr", 0.1), ("sr", 0.1)):
-        assert ep.parse_args(["--task", task]).partial_share == share
-
-@pytest.mark.parametrize("size, grid", [(32, 4), (224, 7), (208, 13), (8, 2)])
-def test_sort_cuts_whole_patches_at_least_four_a_side(size, grid):
-    args = ep.parse_args(["--task", "sort", "--image-size", str(size)])
-    assert args.sort_grid == grid and size // args.patch_size % grid == 0
+    on_gpu = ["--device", "cuda", "--max-steps", "7", "--out", "~/run"]
+    assert parsed("--device", "cpu") == ("nano", 1500, False, "runs/all", 4)
+    assert parsed(*on_gpu) == ("small", 7, True, "/home/me/run", 7)
+    with pytest.raises(SystemExit):
+        ep.parse_args(["--help"])
+    said = capsys.readouterr().out
+    for line in ("torchrun --nproc_per_node=8", "corruption:", "default: nano"):
+        assert line in said
 
 # ==== Comparisons ================================================================
 
 class MaskedAutoencoder(torch.nn.Module):
     """The two usual ways to learn from masked images, in Pretrainer's place.
 
-    simmim (Xie et al. 2022): of the half grey image, a linear layer predicts the hidden
-    patches. mae (He et al. 2022): the network sees a quarter of the patches, nothing
-    else; one more block predicts the others, each scaled to mean 0 and variance 1.
+    simmim (Xie et al. 2022): the network sees hidden patches as grey, and a linear
+    layer predicts their pixels. mae (He et al. 2022): it sees visible patches alone;
+    one more block predicts the others, each scaled to mean 0 and variance 1.
     """
     def __init__(self, model, method):
         super().__init__()
-        _, N, D = model.pos_embed[:, 1:].shape
-        self.model, self.method = model, method
-        self.size = model.patch_size
-        self.predict = torch.nn.Linear(D, 3 * self.size**2)
+        D, P = model.head.numel(), model.patch_embed.proj.kernel_size[0]
+        self.model, self.method, self.patch_size = model, method, P
+        self.predict = torch.nn.Linear(D, 3 * P**2)
         self.decoder = ep.Block(D, model.blocks[0].attn.num_heads)
         self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, D))
-        self.decoder_pos = torch.nn.Parameter(0.02 * torch.randn(1, N, D))
+        self.positions = torch.nn.Parameter(0.02 * torch.randn(model.pos_embed.shape))
 
-    def forward(self, x, x_tilde, *_):
-        model, target = self.model, pieces(x, self.size)  # (B, N, 3*size*size)
-        (B, N, _), D = target.shape, self.mask_token.shape[2]
+    def forward(self, groups):
+        (x, x_tilde, seen), = groups
+        target, model = pieces(x, self.patch_size), self.model  # (B, N, 3*P*P)
+        hidden = torch.ones(target.shape[:2], device=x.device).scatter(1, seen, 0) > 0
         if self.method == "simmim":
-            hidden = (pieces(x_tilde, self.size) != target).any(2)
-            guess = self.predict(model.encode(model.embed(x_tilde)))
+            tokens = model.norm(model.blocks(model.add_positions(model.embed(x_tilde))))
+            guess = self.predict(tokens)[:, 1:]
             return F.smooth_l1_loss(guess[hidden], target[hidden])
-        order = torch.rand(B, N, device=x.device).argsort(1)
-        tokens = model.encode(model.embed(x), order[:, :N // 4])
-        seen = order[:, :N // 4].unsqueeze(2).expand_as(tokens)
-        all_tokens = self.mask_token.expand(B, N, D).scatter(
-            1, seen, tokens.to(self.mask_token.dtype))
-        guess = self.predict(self.decoder(all_tokens + self.decoder_pos))
+        tokens = model.add_positions(model.embed(x))
+        index = F.pad(seen + 1, (1, 0)).unsqueeze(2).expand(-1, -1, tokens.shape[2])
+        features = model.norm(model.blocks(tokens.gather(1, index)))
+        tokens = self.mask_token.expand_as(tokens).scatter(1, index, features)
+        guess = self.predict(self.decoder(tokens + self.positions))[:, 1:]
         deviation = target.std(2, keepdim=True) + 1e-3
         target = (target - target.mean(2, keepdim=True)) / deviation
-        error = (guess - target).square().mean(2)  # (B, N)
-        return error.gather(1, order[:, N // 4:]).mean()
+        return (guess - target).square()[hidden].mean()
 
 def peer(method, *argv):
-    """Pretrain by method, simmim or mae; the checkpoint.pt is for `probe`."""
-    fixed = ["--task", "mim", "--partial-share", "0", "--mask-ratio", "0.5"]
+    """Pretrain by simmim, half of the patches hidden, or mae, three quarters."""
+    ratio = {"simmim": "0.5", "mae": "0.75"}[method]
+    fixed = ["--task", "mim", "--partial-share", "0", "--mask-ratio", ratio]
     args = ep.parse_args([*fixed, "--out", f"runs/{method}", *argv])
     device = ep.choose_device(args.device)
     train, _, args.images = ep.open_data(args)
     model = ep.build_pretrainer(args, device).model
     ep.train(args, MaskedAutoencoder(model, method).to(device), train, device)
 
-def probe(checkpoint, *argv):
-    """Print the share of held-out images whose folder logistic regression tells from
-    their features, fitted to those of all training images."""
-    args = ep.parse_args(argv)
-    model = ep.build_pretrainer(args, CPU).model
-    if checkpoint != "nothing":
-        model = ep.load_energy(checkpoint)
+def labelled(checkpoint, argv):
+    """A checkpoint's network, files, their labels, the number of training files."""
+    args = ep.parse_args(["--device", "cpu", *argv])
+    if checkpoint == "nothing":
+        model = ep.build_pretrainer(args, CPU).model
+    else:
+        model = ep.load_energy(checkpoint).requires_grad_(True)
     train, held_out, _ = ep.open_data(args)
-    files, M = train + held_out, len(train)
-    folders = [Path(file).parent.name for file in files]
-    classes = sorted(set(folders))
-    labels = torch.tensor([classes.index(folder) for folder in folders])
-    size = model.patch_size * math.isqrt(model.pos_embed.shape[1])
-    crops = ep.Crops(files, size, augment=False)
-    pixels = torch.stack([crops[i, 0] for i in range(len(files))])
+    classes = []
+    for file in train + held_out:
+        folders = Path(file).relative_to(args.data).parts[:-1]
+        split = folders[:1] in (("train",), ("val",), ("test",))
+        classes.append("/".join(folders[split:split + 1]))
+    names = sorted(set(classes[:len(train)]))
+    if len(names) < 2 or "" in names or not set(classes) <= set(names):
+        raise ep.UserError(f"--data {args.data}: needs a folder for each class, and "
+                           f"the same ones held out; found {sorted(set(classes))}")
+    labels = torch.tensor([names.index(name) for name in classes])
+    return args, model, train + held_out, labels, len(train)
+
+def accuracy(checkpoint, guess, labels):
+    share = (guess == labels).float().mean().item()
+    print(f"{checkpoint}: {share:.1%} of {len(labels)} held-out images", flush=True)
+    return share
+
+def probe(checkpoint, *argv):
+    """Logistic regression on the features of all training images."""
+    args, model, files, labels, M = labelled(checkpoint, argv)
+    crops, parts = ep.Crops(files, args.image_size, augment=False), []
     with torch.no_grad():
-        parts = [model.represent(x / 127.5 - 1) for x in pixels.split(100)]
+        for i in torch.arange(len(files)).split(100):
+            x = torch.stack([crops.load(int(j)) for j in i]) / 127.5 - 1
+            parts.append(model.represent(x))
     features = torch.cat(parts)
     features = (features - features[:M].mean(0)) / features[:M].std(0)
-    linear = torch.nn.Linear(features.shape[1], len(classes))
+    linear = torch.nn.Linear(features.shape[1], int(labels.max()) + 1)
     optimizer = torch.optim.LBFGS(
         linear.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
@@ -972,12 +1095,36 @@ def probe(checkpoint, *argv):
         return value
 
     optimizer.step(loss)
-    right = linear(features[M:]).argmax(1) == labels[M:]
-    print(f"{checkpoint}: {right.float().mean():.1%} of {len(right)} images")
-    return right.float().mean().item()
+    return accuracy(checkpoint, linear(features[M:]).argmax(1), labels[M:])
+
+def finetune(checkpoint, *argv, steps=400):
+    """Train all parameters on 2,000 labels; --seed chooses which."""
+    args, model, files, labels, M = labelled(checkpoint, argv)
+    args.max_steps, args.lr = steps, 6e-3
+    torch.manual_seed(args.seed)
+    chosen = torch.randperm(M)[:2000]
+    crops, whole = (ep.Crops(files, args.image_size, augment) for augment in (1, 0))
+    D, count = model.head.numel(), int(labels.max()) + 1
+    last = torch.nn.Sequential(
+        torch.nn.BatchNorm1d(D, affine=False), torch.nn.Linear(D, count))
+    module = torch.nn.ModuleList([model, last])
+    optimizers = ep.build_optimizers(module, args.weight_decay)
+    for step in range(1, steps + 1):
+        i = chosen[torch.randint(len(chosen), (64,))]
+        x = torch.stack([crops[int(j), step * 64 + k] for k, j in enumerate(i)])
+        module.zero_grad()
+        guess = last(model.represent(x / 127.5 - 1))
+        F.cross_entropy(guess, labels[i]).backward()
+        ep.update_parameters(args, optimizers, step)
+    last.eval()
+    with torch.no_grad():
+        guesses = [last(model.represent(torch.stack([whole.load(int(j)) for j in i])
+                                        / 127.5 - 1)).argmax(1)
+                   for i in torch.arange(M, len(files)).split(100)]
+    return accuracy(checkpoint, torch.cat(guesses), labels[M:])
 
 @pytest.mark.parametrize("method", ["simmim", "mae"])
-def test_peers_learn_and_the_probe_tells_folders_apart(tmp_path, method):
+def test_peers_learn_and_their_features_tell_folders_apart(tmp_path, method):
     class_folders(tmp_path / "images")
     data = "--data", str(tmp_path / "images")
     peer(method, *TINY, "--max-steps", "20", "--lr", "1e-2", "--out", str(tmp_path))
@@ -985,12 +1132,31 @@ def test_peers_learn_and_the_probe_tells_folders_apart(tmp_path, method):
     assert last["loss"] < 0.8 * first["loss"]
     for checkpoint in ("nothing", str(tmp_path / "checkpoint.pt")):
         assert probe(checkpoint, *TINY, *data) == 1
+        assert finetune(checkpoint, *TINY, *data, steps=10) == 1
+
+def test_a_class_is_the_first_folder_and_what_has_none_is_refused(tmp_path):
+    class_folders(tmp_path / "train")
+    (tmp_path / "val" / "kind0" / "images").mkdir(parents=True)
+    (tmp_path / "train" / "kind1").rename(tmp_path / "moved")
+    (tmp_path / "train" / "kind1").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "train" / "kind1" / "images")
+    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "kind0" / "images" / "a.png")
+    assert probe("nothing", *TINY, "--data", str(tmp_path)) == 1
+    for data in ("val", "val/kind0", "train/kind1/images"):
+        with pytest.raises(ep.UserError, match="a folder for each class"):
+            probe("nothing", *TINY, "--data", str(tmp_path / data))
+    (tmp_path / "val" / "kind0").rename(tmp_path / "val" / "new")
+    with pytest.raises(ep.UserError, match="the same ones held out"):
+        probe("nothing", *TINY, "--data", str(tmp_path))
 
 if __name__ == "__main__":
-    what = {method: partial(peer, method) for method in ("mae", "simmim")}
-    what["probe"] = probe
+    what = {"mae": partial(peer, "mae"), "simmim": partial(peer, "simmim"),
+            "probe": probe, "finetune": finetune}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=what)
     args, others = parser.parse_known_args()
-    what[args.what](*others)
+    try:
+        what[args.what](*others)
+    except ep.UserError as error:
+        parser.exit(2, f"error: {error}\n")
