@@ -9,22 +9,22 @@ step down the energy, and training asks the step to end at the clean image.
     loss = mean_k d(x_k, x)           each step should end at the clean x  (3)
 
 The idea is the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised
-Pretraining for Vision Models, ICLR 2023). We had its abstract and introduction.
-The rest is ours: the distance d, how a network becomes an energy, when hidden
-patches join, partial corruptions, the optimiser, and all numbers.
+Pretraining for Vision Models, ICLR 2023). We had its abstract and introduction. The
+rest is ours: the distance d, how a network becomes an energy, when hidden patches
+join, partial corruptions, the optimiser, and all numbers.
 
-Why an energy? Under squared error, the best restoration of x plus Gaussian noise
-of deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie). So
-(2) is trained as if alpha E were -sigma^2 log p_sigma (Vincent 2011). Only "as
-if": our d is not squared error, and our tasks are not noise of one sigma.
+Why an energy? Under squared error, the best restoration of x plus Gaussian noise of
+deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie). So (2) is
+trained as if alpha E were -sigma^2 log p_sigma (Vincent 2011). Only "as if": our d is
+not squared error, and our tasks are not noise of one sigma.
 
-    python energy_pretrain.py                              # all tasks, drawn images
-    python energy_pretrain.py --task color --data DIR          # a folder of images
-    torchrun --nproc_per_node=8 energy_pretrain.py --task mim  # eight GPUs
+    python energy_pretrain.py                           # all tasks, drawn images
+    python energy_pretrain.py --task color --data DIR   # a folder of images
+    torchrun --nproc_per_node=8 energy_pretrain.py --task mim     # eight GPUs
 
 Sections 1 to 3 are the method. x is clean, x_tilde corrupted, x_hat restored. B
-images have S x S pixels in [-1, 1] and N patches of P x P, of which M are visible.
-D is the network's width, h its heads, K the number of restoration steps.
+images have S x S pixels in [-1, 1] and N patches of P x P, M of them visible. D
+is the width of the network, h its heads, K the number of restoration steps.
 """
 import argparse
 import json
@@ -51,17 +51,15 @@ class UserError(Exception):
     """An error to show the user in one line, without a traceback."""
 
 # ==== 1. Restoration and loss =========================================
-# There are two backward passes. The first differentiates the energy with respect
-# to the image: dE/dx is the restoring step, so this pass replaces a decoder. The
-# second differentiates the loss with respect to the parameters, through the
-# first, and so trains the network to restore.
+# There are two backward passes. The first differentiates the energy with respect to
+# the image: dE/dx is the restoring step, in place of a decoder. The second
+# differentiates the loss with respect to the parameters, through the first.
 
 def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
     """Take K = num_steps steps down the energy from x_tilde: (K, B, 3, S, S).
 
-    energy_fn: any function from (B, 3, S, S) to (B,), else ValueError. It must
-    not mix images, as batch norm does outside evaluation mode. create_graph: for
-    training, which differentiates the steps once more.
+    energy_fn: a function from (B, 3, S, S) to (B,), else ValueError. It must not mix
+    images, as batch norm does outside evaluation mode. create_graph: for training.
     """
     def total_energy(x):
         energy = energy_fn(x)
@@ -81,8 +79,8 @@ def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
 def restoration_loss(x_hat, x, x_tilde):
     """Eq. (3) per image, (B,): mean_k smooth_l1(x_k, x) / rms(x_tilde - x).
 
-    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved the image,
-    at least 0.05, or tasks that move images far would drown the others, and full
+    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved the image, at
+    least 0.05, or tasks that move images far would drown the others, and full
     corruptions partial ones. Smooth L1 tolerates outliers.
     """
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
@@ -91,9 +89,9 @@ def restoration_loss(x_hat, x, x_tilde):
     return error / moved.clamp(min=0.05)  # Eq. (3)
 
 # ==== 2. Corruptions ==================================================
-# Each takes images (B, 3, S, S), a generator and its flags, and returns images. A
-# sixth task needs a function here, a line in CORRUPTIONS, its flag in FLAGS, and a
-# check in check_args if some values make no sense.
+# Each takes images (B, 3, S, S), a generator and its flags, and returns images. A sixth
+# task needs a function here, a line in CORRUPTIONS, its flag in FLAGS, and a check in
+# check_args if some values make no sense.
 
 def draw_visible(x, generator, mask_ratio, patch_size, **_):
     """Choose which patches of each image stay visible: indices seen (B, M)."""
@@ -151,8 +149,8 @@ def corrupt(x, task, generator, options):
     return CORRUPTIONS[task](x, generator, seen=seen, **options), seen
 
 def corrupt_batch(x, tasks, generator, options, shift):
-    """Corrupt a training batch: at most two groups (x, x_tilde, seen), the images of
-    mim and, with seen None, those of all other tasks.
+    """Corrupt a training batch: at most two groups (x, x_tilde, seen), masked images
+    and, with seen None, those of all other tasks.
 
     The tasks share the images (B, 3, S, S) evenly; shift rotates the tasks, since the
     first ones may get one more. A partial_share of the images is corrupted only in
@@ -166,9 +164,8 @@ def corrupt_batch(x, tasks, generator, options, shift):
         if len(x):
             x_tilde, seen = corrupt(x, task, generator, options)
             u = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-            strength = torch.where(u < share, (u / share)**2, 1.0)
-            group = others if seen is None else masked
-            group.append((x, x.lerp(x_tilde, strength), seen))
+            x_tilde = x.lerp(x_tilde, torch.where(u < share, (u / share)**2, 1.0))
+            (others if seen is None else masked).append((x, x_tilde, seen))
     if others:
         x, x_tilde, _ = zip(*others)
         others = [(torch.cat(x), torch.cat(x_tilde), None)]
@@ -177,72 +174,62 @@ def corrupt_batch(x, tasks, generator, options, shift):
 # ==== 3. The energy ===================================================
 # forward(x, seen=None) maps images (B, 3, S, S) to energies (B,). Given seen (B, M),
 # visible patches are constants: dE/dx is zero there, and E rates what stands in the
-# hidden ones. By (2) and (3) training sees only gradients, so energies of different
-# images, or given different patches, cannot be compared.
+# hidden ones. Training sees nothing but gradients. So energies of different images,
+# or given different patches, cannot be compared.
 
-class Attention(nn.Module):
-    """Self-attention by hand: fused kernels have no second derivative."""
+class Block(nn.Module):
+    """Attention and MLP. By hand, since fused attention has no second derivative."""
 
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):  # (B, T, D), T tokens
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, D/h) each
-        q = q / math.sqrt(q.shape[3])
-        weights = (q @ k.transpose(2, 3)).softmax(3)  # (B, h, T, T)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))  # (B, T, D)
-
-class Block(nn.Module):
-    def __init__(self, dim, num_heads):
-        super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
+        self.attn = nn.ModuleDict(
+            {"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(
             dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):  # (B, T, D)
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x):  # (B, T, D), T tokens
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, h, T, D/h) each
+        q = q / math.sqrt(q.shape[3])
+        weights = (q @ k.transpose(2, 3)).softmax(3)  # (B, h, T, T)
+        x = x + self.attn.proj((weights @ v).transpose(1, 2).flatten(2))
         return x + self.mlp(self.norm2(x))
 
 def random_waves(side, dim):
     """Positions (1, N, D): waves of random direction, frequency and phase (ours).
 
-    Near patches get similar positions, so they attend to each other from the
-    first step. Similarity at distance d: exp(-(0.7 d)^2 / 2); rms: 0.6.
+    Near patches get similar positions, so they attend to each other from the start.
+    Similarity at distance d: exp(-(0.7 d)^2 / 2); rms: 0.6.
     """
-    steps = torch.arange(float(side))
-    place = torch.cartesian_prod(steps, steps)  # (N, 2)
+    place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)  # (N, 2)
     waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
     return 0.85 * waves.cos().unsqueeze(0)
 
 class ViT(nn.Module):
     """A plain Vision Transformer under timm's names, plus a vector v, `head`.
 
-    E (ours) is a distance between the patch embeddings p_n and the network's
-    outputs z_n, which say what it expects there:
+    E (ours) is a distance between the patch embeddings p_n and the network's outputs
+    z_n, which say what it expects there:
 
         E = 3 P^2 sum_n mean_d v_d (p_nd - z_nd)^2                         (1)
 
-    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum, and
-    the 3 P^2 pixel values of a patch, make steps equally long for all sizes.
+    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum, and the
+    3 P^2 pixel values of a patch, make steps equally long for all sizes.
 
-    Hidden patches join late (ours): visible ones pass all blocks but the last
-    among themselves, and n runs over the hidden ones alone. So the features of
-    visible patches must predict the hidden ones, which skip most of the work.
+    Hidden patches join late (ours): visible ones pass all blocks but the last among
+    themselves, and n runs over the hidden ones alone. So the features of visible
+    patches must predict the hidden ones, which skip most of the work.
     """
     def __init__(self, image_size, patch_size, dim, depth, num_heads):
         super().__init__()
-        patchify = nn.Conv2d(3, dim, patch_size, patch_size)
-        self.patch_embed = nn.ModuleDict({"proj": patchify})
+        proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": proj})
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim))
         waves = random_waves(image_size // patch_size, dim)
-        positions = torch.cat([torch.zeros(1, 1, dim), waves], 1)
-        self.pos_embed = nn.Parameter(positions)  # (1, N+1, D)
+        self.pos_embed = nn.Parameter(F.pad(waves, (0, 0, 1, 0)))  # (1, N+1, D)
         self.blocks = nn.Sequential(*(Block(dim, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Parameter(torch.zeros(dim))  # v: at first no step moves
@@ -253,8 +240,7 @@ class ViT(nn.Module):
 
     def add_positions(self, p):
         """Class token first, then the patches: (B, N, D) -> (B, N+1, D)."""
-        cls = self.cls_token.expand(len(p), -1, -1)
-        return torch.cat([cls, p], 1) + self.pos_embed
+        return torch.cat([self.cls_token.expand(len(p), 1, -1), p], 1) + self.pos_embed
 
     def represent(self, x):
         """Features (B, D) of images, for other uses."""
@@ -279,8 +265,7 @@ class ViT(nn.Module):
         distance = (self.head * error.square()).mean(2)  # (B, N)
         if seen is not None:
             distance = distance.scatter(1, seen, 0.0)
-        patch_pixels = self.patch_embed.proj.weight[0].numel()  # 3 P^2
-        return patch_pixels * distance.sum(1)  # Eq. (1)
+        return self.patch_embed.proj.weight[0].numel() * distance.sum(1)  # Eq. (1)
 
 class Pretrainer(nn.Module):
     """Energy and loss in one module, as DistributedDataParallel needs them."""
@@ -301,20 +286,19 @@ class Pretrainer(nn.Module):
 class TorchvisionNet(nn.Module):
     """A classification network of torchvision: E = 3 S^2 v . features.
 
-    v, `head`, replaces the last linear layer; visible pixels are constants. A
-    network of your own needs the same: a forward that is twice differentiable
-    (fused attention is not, MATH is) and mixes no images (evaluation mode), `head`
-    and `represent`. Muon takes matrices whose names contain "attn" or "mlp".
+    v, `head`, replaces the last linear layer; visible pixels are constants. A network
+    of your own needs the same: a forward that is twice differentiable (fused attention
+    is not, MATH is) and mixes no images (evaluation mode), `head` and `represent`.
+    Muon takes matrices whose names contain "attn" or "mlp".
     """
     def __init__(self, name, image_size, patch_size):
         super().__init__()
         self.patch_size = patch_size
         self.net = torchvision.models.get_model(name, weights=None)
-        *_, (last, layer) = self.net.named_modules()
-        for module in self.net.modules():
-            module.inplace = False  # overwritten values have no second derivative
+        for layer_name, layer in self.net.named_modules():
+            layer.inplace = False  # overwritten values have no second derivative
         try:
-            self.net.set_submodule(last, nn.Identity())
+            self.net.set_submodule(layer_name, nn.Identity())
             self.head = nn.Parameter(torch.zeros(layer.in_features))
             x = torch.zeros(1, 3, image_size, image_size)
             restore(self.eval(), x, 1.0, create_graph=True).sum().backward()
@@ -357,12 +341,12 @@ def print0(*values):
     if RANK == 0:
         print(*values, flush=True)
 
-def make_generator(device, *key):
-    """A generator for one use, as ("corrupt", 0, 17). So none has to be saved."""
-    return torch.Generator(device).manual_seed(seed_from(*key))
-
 def seed_from(*key):
+    """A seed for one use, as ("corrupt", 0, 17), so that no generator is saved."""
     return zlib.crc32(repr(key).encode())
+
+def make_generator(device, *key):
+    return torch.Generator(device).manual_seed(seed_from(*key))
 
 def choose_device(name):
     if name == "cpu":
@@ -375,13 +359,13 @@ def choose_device(name):
 
 def join_processes(device):
     if WORLD_SIZE > 1:
-        # torchrun's store survives a restart. A prefix keeps new processes from
-        # reading what dead ones wrote (pytorch issue 135712).
+        # The prefix keeps restarted processes from reading in torchrun's store
+        # what the dead ones wrote (pytorch issue 135712).
         store, _, _ = next(dist.rendezvous("env://"))
-        prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", rank=RANK,
-            world_size=WORLD_SIZE, store=dist.PrefixStore(prefix, store))
+        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
+                                store=dist.PrefixStore(restarts, store))
 
 def autocast(device):
     """bfloat16 where a GPU computes in it; float16 would need loss scaling."""
@@ -430,8 +414,8 @@ def draw_landscapes(batch_size, size, generator):
 NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "restorations.png"}
 
 def find_images(root):
-    """List the image files below a folder, each once; or root, if it is a file.
-    Hidden files, recycle bins and the pictures of runs are left out."""
+    """The image files below a folder, each once; or root, if it is a file. Hidden
+    files, recycle bins and the pictures of runs are left out."""
     if os.path.isfile(root):
         return [root]
     found, entered = {}, set()  # links can lead to a place twice, or in a circle
@@ -453,43 +437,35 @@ def find_images(root):
                 real = os.path.realpath(file)
             if os.path.isfile(file):  # neither a pipe nor a broken link
                 found.setdefault(real, file)
-    endings = " ".join(IMG_EXTENSIONS)
+    summary = f"{root}: {len(found)} images ({' '.join(IMG_EXTENSIONS)})"
     if not found:
-        raise UserError(f"--data {root}: no image there ({endings})")
-    print0(f"{root}: {len(found)} images ({endings})")
+        raise UserError(f"--data {summary}")
+    print0(summary)
     return list(found.values())
 
 class Crops(torch.utils.data.Dataset):
-    """Crops of files or arrays (H, W, 3): item (index, seed) is (3, S, S) in uint8.
-    The seed chooses crop and flip; without augment it is the centre crop."""
+    """Crops of image files: item (index, seed) is (3, S, S) in uint8. The seed chooses
+    crop and flip; without augment it is the centre crop."""
 
-    def __init__(self, images, size, augment):
-        self.images, self.size = images, size
+    def __init__(self, files, size, augment):
+        self.files, self.size = files, size
         crop = [v2.Resize(size), v2.CenterCrop(size)]
         if augment:
             crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
         self.crop = v2.Compose([*crop, v2.PILToTensor()])
 
-    def decode(self, source):
-        if not isinstance(source, str):
-            return Image.fromarray(source)
-        image = Image.open(source)
-        if image.mode[0] in "IF" or ";16" in str(image.tile):  # white may be any number
+    def load(self, index):
+        """One file's crop, or the error that Pillow raises. ValueError for more than 8
+        bits a channel, where nobody knows which number is white."""
+        image = Image.open(self.files[index])
+        if image.mode[0] in "IF" or ";16" in str(image.tile):
             raise ValueError("more than 8 bits a channel")
         image.draft("RGB", (3 * self.size, 3 * self.size))  # faster for large JPEGs
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-
-    def load(self, index):
-        """One image's crop. ValueError, with the file's name, if it cannot be used."""
-        try:
-            return self.crop(self.decode(self.images[index]))
-        except Exception as error:  # Pillow raises anything
-            raise ValueError(f"{self.images[index]}: {error}") from error
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return self.crop(image.convert("RGB"))
 
     def __getitem__(self, key):
         index, seed = key
@@ -498,38 +474,29 @@ class Crops(torch.utils.data.Dataset):
             for _ in range(100):  # a damaged file must not end a training
                 try:
                     return self.load(index)
-                except ValueError as error:
-                    reason = error
-                    print(f"warning: left out {error}", file=sys.stderr)
-                    index = int(torch.randint(len(self.images), ()))
-        raise UserError(f"{reason}, and 99 images drawn before it")
+                except Exception as error:  # Pillow raises anything
+                    reason = f"{self.files[index]} ({error})"
+                    print(f"warning: left out {reason}", file=sys.stderr)
+                    index = int(torch.randint(len(self.files), ()))
+        raise UserError(f"no usable image in 100 draws, the last {reason}")
 
 def open_data(args):
-    """Training images, held-out images, and a text that identifies both. Images are
-    files, arrays (H, W, 3), or None for endless landscapes. Of a folder, val/ or
-    test/ beside train/ is held out, otherwise every tenth image."""
+    """Training files, held-out files (None: endless landscapes), and a text that
+    identifies both. val/ or test/ beside train/ is held out, else every tenth image."""
     if args.data == "procedural":
         return None, None, args.data
-    if args.data == "cifar10":
-        cifar = torchvision.datasets.CIFAR10
-        if RANK == 0:
-            cifar("data", download=True)
-        if WORLD_SIZE > 1:
-            dist.barrier()  # until the files are there
-        return cifar("data").data, cifar("data", train=False).data, args.data
-
     parts = [os.path.join(args.data, part) for part in ("train", "val", "test")]
-    train, *others = [part for part in parts if os.path.isdir(part)] or [""]
-    if train == parts[0] and others:
-        train, held_out = find_images(train), find_images(others[0])
+    found = [find_images(part) for part in parts if os.path.isdir(part)]
+    if len(found) > 1 and os.path.isdir(parts[0]):
+        train, held_out = found[:2]
     else:
         found = find_images(args.data)
         train = [file for i, file in enumerate(found) if i % 10] or found
         held_out = found[::10]
     root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
-    names = [os.path.relpath(file, root or ".") for file in train + held_out]
-    checksum = zlib.crc32("\n".join(names).encode(errors="surrogateescape"))
-    return train, held_out, f"{len(names)} files, names' checksum {checksum:x}"
+    names = "\n".join(os.path.relpath(file, root or ".") for file in train + held_out)
+    checksum = zlib.crc32(names.encode(errors="surrogateescape"))
+    return train, held_out, f"{len(train + held_out)} files, checksum {checksum:x}"
 
 def crop_keys(num_images, batch_size, steps, key, rank, world):
     """Yield this process's keys (index, seed) of Crops for each step. Every epoch has
@@ -545,16 +512,16 @@ def crop_keys(num_images, batch_size, steps, key, rank, world):
             keys.append((order[i % num_images], seed_from(*key, "crop", i)))
         yield keys
 
-def image_batches(args, images, device, batch_size, steps, purpose, rank=0, world=1):
+def image_batches(args, files, device, batch_size, steps, purpose, rank=0, world=1):
     """Yield this process's images (B, 3, S, S) for each step; purpose is part of the
     seed. Held-out images are cropped at random, too, to be like the others."""
-    if images is None:
+    if files is None:
         for step in steps:
             generator = make_generator(device, purpose, args.seed, step, rank)
             yield draw_landscapes(batch_size // world, args.image_size, generator)
         return
-    crops = Crops(images, args.image_size, args.augment and len(images) > 1)
-    keys = crop_keys(len(images), batch_size, steps, (purpose, args.seed), rank, world)
+    crops = Crops(files, args.image_size, args.augment and len(files) > 1)
+    keys = crop_keys(len(files), batch_size, steps, (purpose, args.seed), rank, world)
     for x in torch.utils.data.DataLoader(
             crops, batch_sampler=keys, num_workers=args.workers,
             pin_memory=device.type == "cuda"):
@@ -570,7 +537,7 @@ class WithoutBfloat16(TorchFunctionMode):
             return args[0].clone()
         return function(*args, **(kwargs or {}))
 
-def build_optimizers(module, weight_decay):
+def build_optimizers(module):
     """AdamW, and Muon (Jordan et al., 2024) for the matrices of attention and MLPs:
     its updates are nearly orthogonal, so all directions move equally far. Biases,
     norms, positions and v do not decay, as is customary."""
@@ -583,12 +550,12 @@ def build_optimizers(module, weight_decay):
         else:  # positions and class token are (1, ...)
             others.append(p)
     groups = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
-    common = {"lr": 0.0, "weight_decay": weight_decay}
-    optimizers = [torch.optim.AdamW(groups, betas=(0.9, 0.95), **common)]
-    if inner:
-        optimizers.append(torch.optim.Muon(
-            inner, momentum=0.9, adjust_lr_fn="match_rms_adamw", **common))
-    return optimizers
+    common = {"lr": 0.0, "weight_decay": 0.05}
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), **common)
+    if not inner:
+        return [adamw]
+    return [adamw, torch.optim.Muon(
+        inner, momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
 
 def update_parameters(args, optimizers, step):
     """Take step 1 ... max_steps and return its learning rate, which rises linearly
@@ -607,8 +574,8 @@ def update_parameters(args, optimizers, step):
 
 # ==== 7. Checkpoints ==================================================
 # Dicts of tensors, numbers and strings: loading one cannot run code. The same
-# command, given again, resumes. These flags may differ then, and the data's place;
-# with --evaluate all but the network's may.
+# command, given again, resumes. These flags may differ then, and where the images
+# are; with --evaluate all but the network's may.
 MAY_DIFFER = set("out data device workers compile lr save_every eval_images".split())
 
 def write_file(args, name, write):
@@ -647,15 +614,14 @@ def load_energy(path):
 
 def resume(args, model, optimizers):
     """Load OUT's checkpoint, if it has taken a step, and return its log."""
-    path, log = os.path.join(args.out, "checkpoint.pt"), []
-    if os.path.exists(path):
-        saved = load_checkpoint(path)
-        log = saved["log"]
+    path = os.path.join(args.out, "checkpoint.pt")
+    saved = load_checkpoint(path) if os.path.exists(path) else {"log": []}
+    log = saved["log"]
     if args.evaluate and not log:
         raise UserError(f"{path} has taken no step; first run without --evaluate")
     if log:
-        names = set(vars(args)) - MAY_DIFFER
-        for name in ("model", "image_size", "patch_size") if args.evaluate else names:
+        fixed = ("model", "image_size", "patch_size")
+        for name in fixed if args.evaluate else set(vars(args)) - MAY_DIFFER:
             old, new = saved["config"].get(name), getattr(args, name)
             if old != new:
                 raise UserError(f"{path} has {name} {old}, not {new}; "
@@ -672,13 +638,11 @@ def resume(args, model, optimizers):
     return log
 
 def save_checkpoint(args, model, optimizers, log):
-    """Write log.jsonl, backbone.pt for other programs, and checkpoint.pt."""
+    """Write backbone.pt, for other programs, and checkpoint.pt."""
     backbone = {name.removeprefix("net."): p.cpu()
                 for name, p in model.state_dict().items() if name != "head"}
     checkpoint = {"model": model.state_dict(), "config": vars(args), "log": log,
                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    lines = "".join(json.dumps(record) + "\n" for record in log)
-    write_file(args, "log.jsonl", lambda file: file.write(lines.encode()))
     write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
     write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
@@ -692,30 +656,28 @@ def psnr(y, x):
 def evaluate(pretrainer, x, tasks, options):
     """Measure images x (B, 3, S, S): {task: metrics}, {task: (images, energies)}.
 
-    psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task changes,
-    before and after k steps, and after a step from the clean image. order: share
-    of images with a lower energy clean than corrupted; order_quarter: than a
-    quarter of the way there; order_other (mim): than with another image's content
-    in the hidden patches. The images are clean, corrupted and restored, (K+2, ...).
+    psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task changes, before
+    and after k steps, and after a step from the clean image. order: share of images
+    with a lower energy clean than corrupted; order_quarter: than a quarter of the way
+    there; order_other (mim): than with another image's content in the hidden patches.
+    images: clean, corrupted and restored, (K+2, B, 3, S, S).
     """
     metrics, pictures, K = {}, {}, pretrainer.num_steps
     for task in tasks:
         generator = make_generator(x.device, "evaluate", task)
         x_tilde, seen = corrupt(x, task, generator, options)
-        other = x
+        parts, other = [], x
         if seen is not None:
             hidden = hidden_pixels(x, seen, options["patch_size"])
             other = x.roll(1, 0).where(hidden, x)
-        parts = []
         for i in torch.arange(len(x)).split(32):
             given = None if seen is None else seen[i]
             energy = partial(pretrainer.model, seen=given)
-            x_hat = restore(energy, x_tilde[i], pretrainer.alpha, K)
-            x_clean = restore(energy, x[i], pretrainer.alpha)[0]
-            quarter = x[i].lerp(x_tilde[i], 0.25)
-            images = [x[i], x_tilde[i], *x_hat, x_clean, quarter, other[i]]
-            energies = torch.stack([energy(y) for y in images])
-            parts.append((torch.stack(images), energies))
+            images = torch.stack([
+                x[i], x_tilde[i], *restore(energy, x_tilde[i], pretrainer.alpha, K),
+                *restore(energy, x[i], pretrainer.alpha),
+                x[i].lerp(x_tilde[i], 0.25), other[i]])
+            parts.append((images, torch.stack([energy(y) for y in images])))
         images, energies = (torch.cat(part, 1) for part in zip(*parts))
         pictures[task] = images[:K + 2], energies[:K + 2]
 
@@ -726,7 +688,6 @@ def evaluate(pretrainer, x, tasks, options):
         names = ["corrupted", *(f"step_{k + 1}" for k in range(K)), "clean"]
         row = {f"psnr_{name}": psnr(y[changed], x[changed])
                for name, y in zip(names, images[1:])}
-        row["energy_clean"], row["energy_corrupted"] = energies[:2].mean(1).tolist()
         above = (energies > energies[0]).float().mean(1).tolist()  # K+5 shares
         row |= {"order": above[1], "order_quarter": above[-2]}
         if seen is not None and len(x) > 1:
@@ -752,7 +713,8 @@ def draw_picture(pictures):
 
     draw, pitch = ImageDraw.Draw(picture), side + 16
     for i, task in enumerate(pictures):
-        draw.text((92 + i * count // len(pictures) * pitch, 2), task, "black")
+        what = f"{task}: {CORRUPTIONS[task].__name__.replace('_', ' ')}"
+        draw.text((92 + i * count // len(pictures) * pitch, 2), what, "black")
     names = ["clean", "corrupted"] + ["- alpha dE/dx\n= restored"] * (len(rows) - 2)
     for i, name in enumerate(names):
         draw.text((4, i * pitch + side // 2), name, "black")
@@ -783,12 +745,12 @@ def wrap(args, pretrainer):
         return pretrainer
     return nn.parallel.DistributedDataParallel(pretrainer)
 
-def train(args, pretrainer, images, device):
+def train(args, pretrainer, files, device):
     """Take the steps that OUT's checkpoint has not taken; none with --evaluate."""
     if args.epochs:
-        args.max_steps = math.ceil(args.epochs * len(images) / args.batch_size)
+        args.max_steps = math.ceil(args.epochs * len(files) / args.batch_size)
     model, tasks = pretrainer.model, args.task.split(",")
-    optimizers = build_optimizers(pretrainer, args.weight_decay)
+    optimizers = build_optimizers(pretrainer)
     log = resume(args, model, optimizers)
     if args.evaluate:
         return
@@ -796,7 +758,7 @@ def train(args, pretrainer, images, device):
         save_checkpoint(args, model, optimizers, log)  # if it fails, better now
     module = wrap(args, pretrainer)
     last, start, losses = log[-1]["step"] if log else 0, time.time(), []
-    batches = image_batches(args, images, device, args.batch_size,
+    batches = image_batches(args, files, device, args.batch_size,
                             range(last, args.max_steps), "train", RANK, WORLD_SIZE)
     for step, x in enumerate(batches, last + 1):
         # corrupt
@@ -808,9 +770,8 @@ def train(args, pretrainer, images, device):
         with autocast(device):
             loss = module(groups)  # Eq. (3)
 
-        # back through dE/dx; DistributedDataParallel averages the gradients
+        # back through dE/dx; convolutional networks begin with norms above 100
         loss.backward()
-        # convolutional networks begin with norms above 100
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = update_parameters(args, optimizers, step)
 
@@ -831,13 +792,11 @@ def train(args, pretrainer, images, device):
         if save and RANK == 0:
             save_checkpoint(args, model, optimizers, log)
 
-def measure(args, pretrainer, images, device):
+def measure(args, pretrainer, files, device):
     """Write and return {task: metrics} of held-out images, and draw a picture."""
-    count = args.eval_images
-    if images is not None:
-        count = min(count, len(images))
+    count = min(args.eval_images, len(files)) if files else args.eval_images
     print0(f"evaluating on {count} images")
-    x = next(image_batches(args, images, device, count, [0], "held out"))
+    x = next(image_batches(args, files, device, count, [0], "held out"))
     with autocast(device):
         metrics, pictures = evaluate(pretrainer, x, args.task.split(","), vars(args))
     print_table(metrics)
@@ -849,72 +808,62 @@ def measure(args, pretrainer, images, device):
 # ==== 10. Command line ================================================
 
 def number(kind, low, high=2**32):
-    """A type for argparse: a number from low up to, but not including, high."""
+    """Keywords of add_argument for a number in [low, high)."""
     def number(text):
         if not low <= kind(text) < high:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
         return kind(text)
-    return number
+    return {"type": number}
 
-PATH, COUNT, NATURAL = os.path.expanduser, number(int, 1), number(int, 0)
+SWITCH, TEXT = {"action": argparse.BooleanOptionalAction}, {"type": os.path.expanduser}
+DEVICE, COUNT, NATURAL = {"choices": ("cpu", "cuda")}, number(int, 1), number(int, 0)
 SHARE, POSITIVE = number(float, 0, 1), number(float, 1e-9)
 
-FLAGS = {  # group: (name, type or choices, default, meaning)
+FLAGS = {  # group: (name, what it takes, default, meaning)
     "run": [
-        ("task", str, "all", f"{', '.join(TASKS)}, several with commas, or all"),
-        ("out", PATH, None, "folder for results; None: runs/TASK"),
-        ("evaluate", bool, False, "do not train; table and picture of --out"),
-        ("device", ("cpu", "cuda"), "cuda" if torch.cuda.is_available() else "cpu",
-         "what to compute on"),
+        ("task", TEXT, "all", f"{', '.join(TASKS)}, several with commas, or all"),
+        ("out", TEXT, None, "folder for results; None: runs/TASK"),
+        ("evaluate", SWITCH, False, "do not train; table and picture of --out"),
+        ("device", DEVICE, "cuda" if torch.cuda.is_available() else "cpu", "device"),
         ("seed", NATURAL, 0, "of training; evaluation always corrupts alike"),
         ("max_steps", COUNT, 1500, "optimiser steps"),
         ("epochs", POSITIVE, None, "passes over --data, instead of --max-steps"),
         ("save_every", COUNT, 100, "steps between checkpoints"),
         ("eval_images", COUNT, 256, "held-out images to measure on"),
-        ("compile", bool, False, "torch.compile the loss")],
+        ("compile", SWITCH, False, "torch.compile the loss")],
     "data": [
-        ("data", PATH, "procedural", "folder, image, cifar10, or procedural"),
+        ("data", TEXT, "procedural", "folder, image file, or procedural"),
         ("image_size", COUNT, 32, "side in pixels"),
-        ("augment", bool, True, "random crops and flips"),
+        ("augment", SWITCH, True, "random crops and flips"),
         ("workers", NATURAL, min(8, os.cpu_count()), "decoders of each process"),
         ("batch_size", COUNT, 32, "images a step, of all processes")],
     "network": [
-        ("model", str, "nano", f"{', '.join(VIT_SIZES)}, or a classification "
-         "network of torchvision"),
+        ("model", TEXT, "nano", f"{', '.join(VIT_SIZES)}, or torchvision's name"),
         ("patch_size", COUNT, None, "None: 4 below 128 pixels, else 16"),
         ("restore_steps", COUNT, 1, "K, steps down the energy"),
         ("alpha", POSITIVE, 1.0, "size of these steps")],
     "corruption": [
         ("partial_share", SHARE, 0.1, "share of images corrupted only in part"),
         ("mask_ratio", SHARE, 0.6, "mim: share of hidden patches"),
-        ("sort_grid", COUNT, None, "sort: pieces a side; None: 4, or 7 from 128 "
-         "pixels on"),
+        ("sort_grid", COUNT, None, "sort: pieces a side; None: 4, from 128 pixels 7"),
         ("sr_factor", COUNT, 4, "sr: how many times smaller"),
         ("noise_std", POSITIVE, 0.5, "denoise: pixels lie in [-1, 1]")],
     "optimiser": [
-        ("lr", POSITIVE, 8.5e-3, "peak learning rate"),
-        ("weight_decay", number(float, 0), 0.05, "of matrices and filters")],
+        ("lr", POSITIVE, 8.5e-3, "peak learning rate")],
 }
-ON_GPUS = {"max_steps": 2000, "save_every": 500, "compile": True, "image_size": 224,
-           "batch_size": 128 * WORLD_SIZE, "model": "small", "lr": 1.5e-3}
-
-class Help(argparse.ArgumentDefaultsHelpFormatter,
-           argparse.RawDescriptionHelpFormatter):
-    """Adds the defaults, and keeps the description's lines."""
+ON_GPUS = {"model": "small", "image_size": 224, "batch_size": 128 * WORLD_SIZE,
+           "max_steps": 2000, "lr": 1.5e-3, "compile": True}
 
 def build_parser():
     title, *_, commands, _ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS, formatter_class=Help,
+        usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"{title}\n\n{commands}\n\nDefaults on GPUs: {ON_GPUS}")
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
-        for name, kind, default, meaning in flags:
-            what = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            if kind is bool:
-                what = {"action": argparse.BooleanOptionalAction}
-            flag = "--" + name.replace("_", "-")
-            group.add_argument(flag, default=default, help=meaning, **what)
+        for name, takes, default, meaning in flags:
+            group.add_argument("--" + name.replace("_", "-"), default=default,
+                               help=f"{meaning} (default: {default})", **takes)
     return parser
 
 def parse_args(argv=None):
@@ -950,11 +899,11 @@ def check_args(args):
     check("task", set(tasks) <= set(TASKS), f"choose from {', '.join(TASKS)}, or all")
     for name, used in (("patch_size", True), ("sort_grid", "sort" in tasks),
                        ("sr_factor", "sr" in tasks)):
-        divides = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
-        check(name, divides or not used, "must be above 1 and divide --image-size")
+        fits = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
+        check(name, fits or not used, "must be above 1 and divide --image-size")
     num_patches = (args.image_size // args.patch_size)**2
-    num_hidden = round(args.mask_ratio * num_patches)
-    check("mask_ratio", 0 < num_hidden < num_patches, "hides no patch or all")
+    fits = 0 < round(args.mask_ratio * num_patches) < num_patches
+    check("mask_ratio", fits or "mim" not in tasks, "hides no patch or all")
     check("epochs", args.data != "procedural" or not args.epochs, "needs --data")
     check("batch_size", args.batch_size % WORLD_SIZE == 0 or args.evaluate,
           f"must be a multiple of the {WORLD_SIZE} processes")
@@ -965,9 +914,9 @@ def main(argv=None):
         args = parse_args(argv)
         device = choose_device(args.device)
         join_processes(device)
-        images, held_out, args.images = open_data(args)
+        files, held_out, args.files = open_data(args)
         pretrainer = build_pretrainer(args, device)
-        train(args, pretrainer, images, device)
+        train(args, pretrainer, files, device)
         if WORLD_SIZE > 1:
             dist.destroy_process_group()
         return measure(args, pretrainer, held_out, device) if RANK == 0 else {}

@@ -504,7 +504,10 @@ def test_photographs_are_turned_upright_and_large_jpegs_decoded_small(tmp_path):
     image.save(path, exif=exif)
     crops = ep.Crops([str(path)], 16, False)
     assert crops.load(0)[:, 0].min() > 240 and crops.load(0)[:, -1].max() < 15
-    assert max(crops.decode(str(path)).size) < 200
+    loaded = []
+    crops.crop = lambda image: loaded.append(image.size)
+    crops.load(0)
+    assert max(loaded[0]) < 200
 
 def png_of_16_bits(path, color):
     """Pillow cannot write one. color: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
@@ -533,9 +536,9 @@ def test_in_place_of_an_unusable_file_training_takes_others_at_random(
     drawn = [crops[0, seed][0, 0, 0].item() // 40 for seed in range(60)]
     assert all(drawn.count(i) > 2 for i in range(1, 6)) and 0 not in drawn
     assert f"left out {paths[0]}" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="0.png: "):
+    with pytest.raises(Exception, match="bits|identify|truncated|broken"):
         crops.load(0)
-    with pytest.raises(ep.UserError, match="0.png: .*and 99 images"):
+    with pytest.raises(ep.UserError, match="no usable image in 100 draws.*0.png"):
         ep.Crops(paths[:1], 16, False)[0, 0]
 
 def test_crops_follow_from_their_seed_or_are_centred(tmp_path):
@@ -591,14 +594,14 @@ def test_pixels_lie_between_minus_one_and_one_and_a_single_image_is_whole(tmp_pa
 
 def test_muon_moves_inner_matrices_and_only_weights_decay():
     pretrainer = ep.Pretrainer(ep.build_model("nano", 32, 4), 1.0)
-    adamw, muon = ep.build_optimizers(pretrainer, 0.1)
+    adamw, muon = ep.build_optimizers(pretrainer)
     place = {id(p): (optimizer, group["weight_decay"]) for optimizer in (adamw, muon)
              for group in optimizer.param_groups for p in group["params"]}
     for name, p in pretrainer.named_parameters():
         inner = p.ndim == 2 and ("attn" in name or "mlp" in name)
-        decay = 0.1 if p.ndim > 1 and len(p) > 1 else 0.0
+        decay = 0.05 if p.ndim > 1 and len(p) > 1 else 0.0
         assert place.pop(id(p)) == (muon if inner else adamw, decay), name
-    assert not place and len(ep.build_optimizers(torch.nn.Conv2d(3, 3, 3), 0.1)) == 1
+    assert not place and len(ep.build_optimizers(torch.nn.Conv2d(3, 3, 3))) == 1
     assert adamw.defaults["betas"] == (0.9, 0.95) and muon.defaults["momentum"] == 0.9
 
 @given(st.integers(1, 200))
@@ -616,7 +619,7 @@ def test_on_a_cpu_muon_does_not_compute_in_bfloat16():
     """It would be emulated. The matrix moves by an orthogonal one times 0.1 sqrt(6)."""
     weight = torch.nn.Parameter(torch.zeros(6, 6))
     module = torch.nn.ModuleDict({"mlp": torch.nn.ParameterDict({"weight": weight})})
-    optimizers = ep.build_optimizers(module, 0.0)
+    optimizers = ep.build_optimizers(module)
     weight.grad = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
     ep.update_parameters(parse("--lr", 2, "--max-steps", 1), optimizers, 1)
     assert not torch.equal(weight, weight.bfloat16().float())
@@ -652,7 +655,7 @@ def test_an_out_that_cannot_be_written_is_said_before_the_first_step(
     monkeypatch.delattr(ep, "corrupt_batch")
     (tmp_path / "file").write_text("kept")
     said = one_line(capsys, "--out", tmp_path / "file")
-    assert f"{tmp_path}/file/log.jsonl: cannot be written" in said
+    assert f"{tmp_path}/file/backbone.pt: cannot be written" in said
     assert (tmp_path / "file").read_text() == "kept"
 
 def test_a_run_that_took_no_step_pins_no_flag_and_cannot_be_evaluated(
@@ -686,19 +689,18 @@ def test_resuming_equals_never_having_stopped_bit_for_bit(
     (one, keys), (two, same) = (tree_flatten(saved(out)) for out in ("whole", "parts"))
     assert keys == same and all(torch.equal(a, b) if torch.is_tensor(a) else a == b
                                 for a, b in zip(one, two, strict=True))
-    lines = Path("parts/log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 4]
+    assert [record["step"] for record in saved("parts")["log"]] == [1, 2, 4]
     metrics = [Path(out, "metrics.json").read_text() for out in ("whole", "parts")]
     assert metrics[0] == metrics[1]
 
 KILLED = """
 import os, sys, energy_pretrain as ep
-update, log = ep.update_parameters, sys.argv[-1] + '/log.jsonl'
-def update_parameters(*inputs):
+update = ep.update_parameters
+def update_parameters(args, optimizers, step):
     who = os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT']
-    if who == '10' and os.path.getsize(log):
+    if who == '10' and ep.load_checkpoint(sys.argv[-1] + '/checkpoint.pt')['log']:
         os.kill(os.getpid(), 9)
-    return update(*inputs)
+    return update(args, optimizers, step)
 ep.update_parameters = update_parameters
 ep.main(sys.argv[1:])
 """
@@ -736,12 +738,12 @@ def test_a_run_resumes_with_its_images_elsewhere_but_not_with_others(tmp_path, c
     assert "run/checkpoint.pt: step 9" in capsys.readouterr().out
     (tmp_path / "there" / "kind0" / "00.png").unlink()
     said = one_line(capsys, *base, tmp_path / "there")
-    assert "has images 40 files" in said and "not 39 files" in said
+    assert "has files 40 files" in said and "not 39 files" in said
     assert run("--evaluate", "--out", tmp_path / "run", "--data", "procedural")
     single = "--task", "sr", "--out", tmp_path / "single", "--data"
     run(*single, tmp_path / "there" / "kind0" / "02.png")
     said = one_line(capsys, *single, tmp_path / "there" / "kind0" / "04.png")
-    assert "has images 2 files" in said
+    assert "has files 2 files" in said
 
 def test_unusable_checkpoints_end_in_one_line_and_stay(tmp_path, capsys):
     path, base = tmp_path / "checkpoint.pt", ("--task", "mim", "--out", tmp_path)
@@ -784,7 +786,6 @@ def test_evaluate_measures_whether_low_energy_means_data(sign):
     x, pretrainer = torch.zeros(70, 3, 16, 16), ep.Pretrainer(bowl(1.0, sign), 1.0)
     row = ep.evaluate(pretrainer, x, ["denoise"], {"noise_std": 2})[0]["denoise"]
     assert row["order"] == row["order_quarter"] == (sign == 1)
-    assert row["energy_clean"] == 0 and row["energy_corrupted"] * sign > 1000
     assert row["psnr_clean"] > 100 and abs(row["psnr_corrupted"]) < 0.1
     assert row["psnr_step_1"] > 100 if sign == 1 else row["psnr_step_1"] < -5
 
@@ -818,7 +819,7 @@ def test_the_picture_shows_two_images_a_task_with_their_energies_and_names():
         assert picture.getpixel((130 + 2 * 104, 60 + 104 * row)) == (255,) * 3
         text = picture.crop((404, 105 + 104 * row, 492, 119 + 104 * row))
         assert text.convert("L").getextrema()[0] < 100
-    for place, text in ((4, 44), "clean"), ((4, 148), "corrupted"), ((300, 2), "color"):
+    for place, text in ((4, 44), "clean"), ((4, 148), "corrupted"), ((300, 2), "color: remove color"):
         box = (*place, place[0] + 70, place[1] + 12)
         expected = Image.new("RGB", picture.size, "white")
         ImageDraw.Draw(expected).text(place, text, "black")
@@ -837,13 +838,12 @@ def test_a_run_leaves_its_files_and_prints_what_it_does(tmp_path, capsys):
     metrics = run("--restore-steps", 2, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "backbone.pt", "checkpoint.pt", "log.jsonl", "metrics.json", "restorations.png"]
+        "backbone.pt", "checkpoint.pt", "metrics.json", "restorations.png"]
     assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert list(metrics) == ep.TASKS and "psnr_step_2" in metrics["sr"]
     for word in ("minutes left", "step 4", "evaluating on 12 images", "order_other"):
         assert word in printed
-    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
-    assert list(json.loads(lines[-1])) == [
+    assert list(torch.load(tmp_path / "run" / "checkpoint.pt")["log"][-1]) == [
         "step", "loss", "gradient_norm", "lr", "images_per_second"]
     names = ep.build_model("nano", 16, 4).state_dict()
     backbone = torch.load(tmp_path / "run" / "backbone.pt")
@@ -856,9 +856,9 @@ def test_evaluate_repeats_a_run_and_the_loaded_energy_is_its_energy(tmp_path, ca
     assert ep.main([*again, "--max-steps", "9"]) == metrics  # it takes no step
     x = next(ep.image_batches(parse(), None, CPU, 12, [0], "held out"))
     energy = ep.load_energy(str(out / "checkpoint.pt"))
-    mean = energy(x).mean().item()
-    assert mean == pytest.approx(metrics["sr"]["energy_clean"], rel=1e-4)
-    assert energy.alpha == 0.5 and not energy.head.requires_grad
+    x_hat, _ = ep.restore(energy, x, energy.alpha), energy.requires_grad_(False)
+    psnr = ep.psnr(x_hat, x.unsqueeze(0))
+    assert psnr == pytest.approx(metrics["denoise"]["psnr_clean"], abs=0.01)
     Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
     ep.main([*again, "--data", str(tmp_path / "photo.jpg")])  # restores one's own
     assert "evaluating on 1 images" in capsys.readouterr().out
@@ -965,7 +965,7 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
     ("--partial-share 1", "--partial-share: 1 is not in [0, 1)"),
     ("--epochs inf", "--epochs: inf is not in"),
     ("--epochs 2", "--epochs 2.0: needs --data"),
-    ("--data /no/such.jpg", "--data /no/such.jpg: no image there (.jpg"),
+    ("--data /no/such.jpg", "--data /no/such.jpg: 0 images (.jpg"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--max-steps many", "--max-steps: invalid"),
     ("--evaluate", "checkpoint.pt: missing, damaged"),
@@ -981,7 +981,7 @@ def test_a_folder_of_unusable_files_ends_in_one_line(tmp_path, capsys):
     """Also where another process decodes, whose traceback comes with the error."""
     Image.new("F", (20, 20)).save(tmp_path / "float.tif")
     arguments = "--data", tmp_path, "--workers", 1, "--out", tmp_path
-    assert f"error: {tmp_path}/float.tif: more" in one_line(capsys, *arguments)
+    assert "float.tif (more than 8 bits" in one_line(capsys, *arguments)
 
 def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     monkeypatch.delattr(ep, "restoration_loss")
@@ -1017,7 +1017,7 @@ class MaskedAutoencoder(torch.nn.Module):
         D, P = model.head.numel(), model.patch_embed.proj.kernel_size[0]
         self.model, self.method, self.patch_size = model, method, P
         self.predict = torch.nn.Linear(D, 3 * P**2)
-        self.decoder = ep.Block(D, model.blocks[0].attn.num_heads)
+        self.decoder = ep.Block(D, model.blocks[0].num_heads)
         self.mask_token = torch.nn.Parameter(torch.zeros(1, 1, D))
         self.positions = torch.nn.Parameter(0.02 * torch.randn(model.pos_embed.shape))
 
@@ -1108,7 +1108,7 @@ def finetune(checkpoint, *argv, steps=400):
     last = torch.nn.Sequential(
         torch.nn.BatchNorm1d(D, affine=False), torch.nn.Linear(D, count))
     module = torch.nn.ModuleList([model, last])
-    optimizers = ep.build_optimizers(module, args.weight_decay)
+    optimizers = ep.build_optimizers(module)
     for step in range(1, steps + 1):
         i = chosen[torch.randint(len(chosen), (64,))]
         x = torch.stack([crops[int(j), step * 64 + k] for k, j in enumerate(i)])
