@@ -486,9 +486,9 @@ def open_data(args):
     if args.data == "procedural":
         return None, None, args.data
     parts = [os.path.join(args.data, part) for part in ("train", "val", "test")]
-    found = [find_images(part) for part in parts if os.path.isdir(part)]
-    if len(found) > 1 and os.path.isdir(parts[0]):
-        train, held_out = found[:2]
+    others = [part for part in parts[1:] if os.path.isdir(part)]
+    if others and os.path.isdir(parts[0]):
+        train, held_out = find_images(parts[0]), find_images(others[0])
     else:
         found = find_images(args.data)
         train = [file for i, file in enumerate(found) if i % 10] or found
@@ -836,7 +836,7 @@ FLAGS = {  # group: (name, what it takes, default, meaning)
         ("image_size", COUNT, 32, "side in pixels"),
         ("augment", SWITCH, True, "random crops and flips"),
         ("workers", NATURAL, min(8, os.cpu_count()), "decoders of each process"),
-        ("batch_size", COUNT, 32, "images a step, of all processes")],
+        ("batch_size", COUNT, 32, "images a step, over all processes")],
     "network": [
         ("model", TEXT, "nano", f"{', '.join(VIT_SIZES)}, or torchvision's name"),
         ("patch_size", COUNT, None, "None: 4 below 128 pixels, else 16"),
