@@ -1,16 +1,16 @@
 """Energy-inspired self-supervised pretraining for vision models, in one file.
 
-A vision network is an energy: its forward pass gives each image one number, low
-for clean ones. Its backward pass restores: a corrupted image takes a gradient
-step down the energy, and training asks the step to end at the clean image.
+A vision network is an energy: its forward pass gives each image one number, lower
+when clean than when corrupted. Its backward pass restores: a corrupted image takes a
+gradient step down the energy, and training asks the step to end at the clean image.
 
     E(x)                              forward pass: one number per image   (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)  backward pass: K steps from x_tilde  (2)
     loss = mean_k d(x_k, x)           each step should end at the clean x  (3)
 
 The idea is the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised
-Pretraining for Vision Models, ICLR 2023). We had its abstract and introduction. The
-rest is ours: the distance d, how a network becomes an energy, when hidden patches
+Pretraining for Vision Models, ICLR 2023). We read its abstract and introduction.
+The rest is ours: the distance d, how a network becomes an energy, when hidden patches
 join, partial corruptions, the optimiser, and all numbers.
 
 Why an energy? Under squared error, the best restoration of x plus Gaussian noise of
@@ -58,8 +58,8 @@ class UserError(Exception):
 def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
     """Take K = num_steps steps down the energy from x_tilde: (K, B, 3, S, S).
 
-    energy_fn: a function from (B, 3, S, S) to (B,), else ValueError. It must not mix
-    images, as batch norm does outside evaluation mode. create_graph: for training.
+    energy_fn: a function from (B, 3, S, S) to exactly (B,). It must not mix images, as
+    batch norm does outside evaluation mode. create_graph: for training.
     """
     def total_energy(x):
         energy = energy_fn(x)
@@ -72,16 +72,16 @@ def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
     iterates = [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
-            x = iterates[-1].detach()  # no step learns from the steps after it
+            x = iterates[-1].detach()  # each step learns from its own loss
             iterates.append(x - alpha * gradient(x))  # Eq. (2)
     return torch.stack(iterates[1:])
 
 def restoration_loss(x_hat, x, x_tilde):
     """Eq. (3) per image, (B,): mean_k smooth_l1(x_k, x) / rms(x_tilde - x).
 
-    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved the image, at
-    least 0.05, or tasks that move images far would drown the others, and full
-    corruptions partial ones. Smooth L1 tolerates outliers.
+    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved the image (at
+    least 0.05); otherwise large corruptions would drown small ones. Smooth L1 is half
+    the squared error, but linear above 1, where it would favour outliers.
     """
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
     error = error.flatten(2).mean(2).mean(0)  # (B,)
@@ -89,9 +89,9 @@ def restoration_loss(x_hat, x, x_tilde):
     return error / moved.clamp(min=0.05)  # Eq. (3)
 
 # ==== 2. Corruptions ==================================================
-# Each takes images (B, 3, S, S), a generator and its flags, and returns images. A sixth
-# task needs a function here, a line in CORRUPTIONS, its flag in FLAGS, and a check in
-# check_args if some values make no sense.
+# Each takes images (B, 3, S, S), a generator and its flags (**_: the others), and
+# returns images of that shape. A sixth task needs a function here, a line in
+# CORRUPTIONS, its flag in FLAGS, and perhaps a check of its values in check_args.
 
 def draw_visible(x, generator, mask_ratio, patch_size, **_):
     """Choose which patches of each image stay visible: indices seen (B, M)."""
@@ -103,8 +103,7 @@ def hidden_pixels(x, seen, patch_size):
     """True at every pixel of a hidden patch: (B, 1, S, S)."""
     side = x.shape[2] // patch_size
     hidden = torch.ones(len(x), side**2, device=x.device).scatter(1, seen, 0.0)
-    hidden = hidden.view(-1, 1, side, side)
-    return F.interpolate(hidden, scale_factor=patch_size).bool()
+    return F.interpolate(hidden.view(-1, 1, side, side), scale_factor=patch_size).bool()
 
 def hide_patches(x, generator, seen, patch_size, **_):
     """Masked image modelling: set the pixels of hidden patches to zero."""
@@ -149,13 +148,13 @@ def corrupt(x, task, generator, options):
     return CORRUPTIONS[task](x, generator, seen=seen, **options), seen
 
 def corrupt_batch(x, tasks, generator, options, shift):
-    """Corrupt a training batch: at most two groups (x, x_tilde, seen), masked images
-    and, with seen None, those of all other tasks.
+    """Corrupt a training batch: at most two groups (x, x_tilde, seen), the images of
+    mim, and those of all other tasks, with seen None.
 
     The tasks share the images (B, 3, S, S) evenly; shift rotates the tasks, since the
     first ones may get one more. A partial_share of the images is corrupted only in
-    part, mostly lightly (ours). A network that never sees nearly clean images may
-    rank them below clean ones, and its step damages clean images.
+    part, mostly lightly (ours). A network that never sees nearly clean images may give
+    them a lower energy than clean ones, and its step damages clean images.
     """
     shift, share = shift % len(tasks), options["partial_share"]
     tasks = tasks[shift:] + tasks[:shift]
@@ -173,9 +172,9 @@ def corrupt_batch(x, tasks, generator, options, shift):
 
 # ==== 3. The energy ===================================================
 # forward(x, seen=None) maps images (B, 3, S, S) to energies (B,). Given seen (B, M),
-# visible patches are constants: dE/dx is zero there, and E rates what stands in the
-# hidden ones. Training sees nothing but gradients. So energies of different images,
-# or given different patches, cannot be compared.
+# visible patches are constants: dE/dx is zero there, and E rates the content of the
+# hidden ones. Only gradients of E are trained. So energies of different images, or
+# given different patches, cannot be compared.
 
 class Block(nn.Module):
     """Attention and MLP. By hand, since fused attention has no second derivative."""
@@ -202,7 +201,7 @@ def random_waves(side, dim):
     """Positions (1, N, D): waves of random direction, frequency and phase (ours).
 
     Near patches get similar positions, so they attend to each other from the start.
-    Similarity at distance d: exp(-(0.7 d)^2 / 2); rms: 0.6.
+    Correlation at distance r: exp(-(0.7 r)^2 / 2); rms of a component: 0.6.
     """
     place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)  # (N, 2)
     waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
@@ -211,17 +210,17 @@ def random_waves(side, dim):
 class ViT(nn.Module):
     """A plain Vision Transformer under timm's names, plus a vector v, `head`.
 
-    E (ours) is a distance between the patch embeddings p_n and the network's outputs
-    z_n, which say what it expects there:
+    E (ours) is a weighted distance between the patch embeddings p_n and the network's
+    outputs z_n, which say what it expects there:
 
-        E = 3 P^2 sum_n mean_d v_d (p_nd - z_nd)^2                         (1)
+        E = 3 P^2 sum_n mean_d v_d (p_nd - z_nd)^2
 
     So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum, and the
     3 P^2 pixel values of a patch, make steps equally long for all sizes.
 
     Hidden patches join late (ours): visible ones pass all blocks but the last among
     themselves, and n runs over the hidden ones alone. So the features of visible
-    patches must predict the hidden ones, which skip most of the work.
+    patches must predict the hidden ones, which skip most blocks.
     """
     def __init__(self, image_size, patch_size, dim, depth, num_heads):
         super().__init__()
@@ -232,7 +231,7 @@ class ViT(nn.Module):
         self.pos_embed = nn.Parameter(F.pad(waves, (0, 0, 1, 0)))  # (1, N+1, D)
         self.blocks = nn.Sequential(*(Block(dim, num_heads) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.head = nn.Parameter(torch.zeros(dim))  # v: at first no step moves
+        self.head = nn.Parameter(torch.zeros(dim))  # v = 0: at first, no step
 
     def embed(self, x):
         """One linear map of each patch: (B, 3, S, S) -> (B, N, D)."""
@@ -265,7 +264,7 @@ class ViT(nn.Module):
         distance = (self.head * error.square()).mean(2)  # (B, N)
         if seen is not None:
             distance = distance.scatter(1, seen, 0.0)
-        return self.patch_embed.proj.weight[0].numel() * distance.sum(1)  # Eq. (1)
+        return self.patch_embed.proj.weight[0].numel() * distance.sum(1)  # 3 P^2 ...
 
 class Pretrainer(nn.Module):
     """Energy and loss in one module, as DistributedDataParallel needs them."""
@@ -287,9 +286,9 @@ class TorchvisionNet(nn.Module):
     """A classification network of torchvision: E = 3 S^2 v . features.
 
     v, `head`, replaces the last linear layer; visible pixels are constants. A network
-    of your own needs the same: a forward that is twice differentiable (fused attention
-    is not, MATH is) and mixes no images (evaluation mode), `head` and `represent`.
-    Muon takes matrices whose names contain "attn" or "mlp".
+    of your own needs `head`, `represent`, and a `forward` that can be differentiated
+    twice (fused attention cannot, MATH can) and mixes no images (evaluation mode).
+    All parameters must enter dE/dx, or DistributedDataParallel waits for them.
     """
     def __init__(self, name, image_size, patch_size):
         super().__init__()
@@ -302,7 +301,7 @@ class TorchvisionNet(nn.Module):
             self.head = nn.Parameter(torch.zeros(layer.in_features))
             x = torch.zeros(1, 3, image_size, image_size)
             restore(self.eval(), x, 1.0, create_graph=True).sum().backward()
-        except Exception as error:  # no linear layer, another size, a hard sigmoid
+        except Exception as error:  # e.g. no linear layer, a wrong size
             raise UserError(f"--model {name} cannot be an energy here: {error}")
 
     def represent(self, x):
@@ -330,19 +329,17 @@ def build_model(name, image_size, patch_size):
 # ==== 4. Processes and randomness =====================================
 # torchrun and other launchers number the processes in environment variables.
 
-def from_launcher(name, default):
-    return int(os.environ[name]) if "LOCAL_RANK" in os.environ else default
-
-RANK = from_launcher("RANK", 0)  # among all processes
-LOCAL_RANK = from_launcher("LOCAL_RANK", 0)  # among those of this machine
-WORLD_SIZE = from_launcher("WORLD_SIZE", 1)
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # LOCAL_RANK: among those of this machine
+if "LOCAL_RANK" in os.environ:
+    RANK, LOCAL_RANK, WORLD_SIZE = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 def print0(*values):
     if RANK == 0:
         print(*values, flush=True)
 
 def seed_from(*key):
-    """A seed for one use, as ("corrupt", 0, 17), so that no generator is saved."""
+    """A seed named by its use, as ("corrupt", 0, 17); no generator is saved."""
     return zlib.crc32(repr(key).encode())
 
 def make_generator(device, *key):
@@ -359,8 +356,7 @@ def choose_device(name):
 
 def join_processes(device):
     if WORLD_SIZE > 1:
-        # The prefix keeps restarted processes from reading in torchrun's store
-        # what the dead ones wrote (pytorch issue 135712).
+        # the prefix hides what dead processes left in torchrun's store (pytorch 135712)
         store, _, _ = next(dist.rendezvous("env://"))
         restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -455,8 +451,8 @@ class Crops(torch.utils.data.Dataset):
         self.crop = v2.Compose([*crop, v2.PILToTensor()])
 
     def load(self, index):
-        """One file's crop, or the error that Pillow raises. ValueError for more than 8
-        bits a channel, where nobody knows which number is white."""
+        """One file's crop. Raises Pillow's errors, and ValueError for more than 8 bits
+        a channel, whose white level is unknown."""
         image = Image.open(self.files[index])
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             raise ValueError("more than 8 bits a channel")
@@ -513,8 +509,8 @@ def crop_keys(num_images, batch_size, steps, key, rank, world):
         yield keys
 
 def image_batches(args, files, device, batch_size, steps, purpose, rank=0, world=1):
-    """Yield this process's images (B, 3, S, S) for each step; purpose is part of the
-    seed. Held-out images are cropped at random, too, to be like the others."""
+    """Yield this process's images (B, 3, S, S) for each step. purpose is part of the
+    seed. Held-out images get random crops, too."""
     if files is None:
         for step in steps:
             generator = make_generator(device, purpose, args.seed, step, rank)
@@ -543,7 +539,7 @@ def build_optimizers(module):
     norms, positions and v do not decay, as is customary."""
     inner, decaying, others = [], [], []
     for name, p in module.named_parameters():
-        if p.ndim == 2 and ("attn" in name or "mlp" in name):
+        if p.ndim == 2 and name.endswith("weight") and ("att" in name or "mlp" in name):
             inner.append(p)
         elif p.ndim > 1 and len(p) > 1:
             decaying.append(p)
@@ -573,9 +569,9 @@ def update_parameters(args, optimizers, step):
     return rate
 
 # ==== 7. Checkpoints ==================================================
-# Dicts of tensors, numbers and strings: loading one cannot run code. The same
-# command, given again, resumes. These flags may differ then, and where the images
-# are; with --evaluate all but the network's may.
+# Dicts of tensors, numbers and strings: loading one cannot run code. The same command,
+# given again, resumes. These flags may change then; with --evaluate all but the
+# network's. (data: the files' names are compared instead.)
 MAY_DIFFER = set("out data device workers compile lr save_every eval_images".split())
 
 def write_file(args, name, write):
@@ -613,15 +609,15 @@ def load_energy(path):
     return energy.requires_grad_(False)
 
 def resume(args, model, optimizers):
-    """Load OUT's checkpoint, if it has taken a step, and return its log."""
+    """Load OUT's checkpoint, unless it is at step 0, and return its log."""
     path = os.path.join(args.out, "checkpoint.pt")
     saved = load_checkpoint(path) if os.path.exists(path) else {"log": []}
     log = saved["log"]
     if args.evaluate and not log:
-        raise UserError(f"{path} has taken no step; first run without --evaluate")
+        raise UserError(f"{path} is not trained; first run without --evaluate")
     if log:
         fixed = ("model", "image_size", "patch_size")
-        for name in fixed if args.evaluate else set(vars(args)) - MAY_DIFFER:
+        for name in fixed if args.evaluate else sorted(set(vars(args)) - MAY_DIFFER):
             old, new = saved["config"].get(name), getattr(args, name)
             if old != new:
                 raise UserError(f"{path} has {name} {old}, not {new}; "
@@ -658,9 +654,9 @@ def evaluate(pretrainer, x, tasks, options):
 
     psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task changes, before
     and after k steps, and after a step from the clean image. order: share of images
-    with a lower energy clean than corrupted; order_quarter: than a quarter of the way
-    there; order_other (mim): than with another image's content in the hidden patches.
-    images: clean, corrupted and restored, (K+2, B, 3, S, S).
+    whose energy is lower clean than corrupted; order_quarter: than corrupted by 1/4;
+    order_other (mim): than with another image's content in the hidden patches.
+    images (K+2, 2, 3, S, S): the first two clean, corrupted and restored.
     """
     metrics, pictures, K = {}, {}, pretrainer.num_steps
     for task in tasks:
@@ -671,15 +667,14 @@ def evaluate(pretrainer, x, tasks, options):
             hidden = hidden_pixels(x, seen, options["patch_size"])
             other = x.roll(1, 0).where(hidden, x)
         for i in torch.arange(len(x)).split(32):
-            given = None if seen is None else seen[i]
-            energy = partial(pretrainer.model, seen=given)
+            energy = partial(pretrainer.model, seen=None if seen is None else seen[i])
             images = torch.stack([
                 x[i], x_tilde[i], *restore(energy, x_tilde[i], pretrainer.alpha, K),
                 *restore(energy, x[i], pretrainer.alpha),
                 x[i].lerp(x_tilde[i], 0.25), other[i]])
             parts.append((images, torch.stack([energy(y) for y in images])))
         images, energies = (torch.cat(part, 1) for part in zip(*parts))
-        pictures[task] = images[:K + 2], energies[:K + 2]
+        pictures[task] = images[:K + 2, :2].clone(), energies[:K + 2, :2]
 
         changed = (x_tilde - x).abs() > 1e-3
         if not changed.any():
@@ -703,8 +698,7 @@ def print_table(metrics):
 
 def draw_picture(pictures):
     """Two images a task: clean, corrupted and restored, each below its energy."""
-    rows, energies = (torch.cat([part[:, :2] for part in parts], 1)
-                      for parts in zip(*pictures.values()))
+    rows, energies = (torch.cat(parts, 1) for parts in zip(*pictures.values()))
     count, side = rows.shape[1], max(88, rows.shape[4])  # (K+2, count, 3, S, S)
     tiles = F.interpolate(rows.flatten(0, 1), size=(side, side), mode="bicubic")
     tiles = tiles.clamp(-1, 1) / 2 + 0.5
@@ -737,7 +731,7 @@ def wrap(args, pretrainer):
     """The module whose call is a step's loss, compiled and distributed as asked."""
     if args.compile:
         # At most two graphs: as tasks rotate, groups have one image more or less.
-        # DistributedDataParallel's own cuts would run through the inner gradient.
+        # DistributedDataParallel's graph splits would cut the inner gradient.
         torch._dynamo.reset()
         torch._dynamo.config.optimize_ddp = False
         pretrainer.compile(fullgraph=True, dynamic=False)
@@ -755,7 +749,7 @@ def train(args, pretrainer, files, device):
     if args.evaluate:
         return
     if not log and RANK == 0:
-        save_checkpoint(args, model, optimizers, log)  # if it fails, better now
+        save_checkpoint(args, model, optimizers, log)  # fails early, if at all
     module = wrap(args, pretrainer)
     last, start, losses = log[-1]["step"] if log else 0, time.time(), []
     batches = image_batches(args, files, device, args.batch_size,
@@ -770,7 +764,7 @@ def train(args, pretrainer, files, device):
         with autocast(device):
             loss = module(groups)  # Eq. (3)
 
-        # back through dE/dx; convolutional networks begin with norms above 100
+        # back through dE/dx (norms above 100 occur in convolutional networks)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = update_parameters(args, optimizers, step)
@@ -787,7 +781,7 @@ def train(args, pretrainer, files, device):
             last, start, losses = step, time.time(), []
             log.append({"step": step, "loss": mean, "gradient_norm": norm.item(),
                         "lr": rate, "images_per_second": args.batch_size * speed})
-            print0(*(f"{name} {value:<9.4g}" for name, value in log[-1].items()),
+            print0(*(f"{name} {value:<9.5g}" for name, value in log[-1].items()),
                    f"{(args.max_steps - step) / speed / 60:.1f} minutes left")
         if save and RANK == 0:
             save_checkpoint(args, model, optimizers, log)
@@ -825,7 +819,7 @@ FLAGS = {  # group: (name, what it takes, default, meaning)
         ("out", TEXT, None, "folder for results; None: runs/TASK"),
         ("evaluate", SWITCH, False, "do not train; table and picture of --out"),
         ("device", DEVICE, "cuda" if torch.cuda.is_available() else "cpu", "device"),
-        ("seed", NATURAL, 0, "of training; evaluation always corrupts alike"),
+        ("seed", NATURAL, 0, "of everything but the corruptions of the evaluation"),
         ("max_steps", COUNT, 1500, "optimiser steps"),
         ("epochs", POSITIVE, None, "passes over --data, instead of --max-steps"),
         ("save_every", COUNT, 100, "steps between checkpoints"),
@@ -845,7 +839,7 @@ FLAGS = {  # group: (name, what it takes, default, meaning)
     "corruption": [
         ("partial_share", SHARE, 0.1, "share of images corrupted only in part"),
         ("mask_ratio", SHARE, 0.6, "mim: share of hidden patches"),
-        ("sort_grid", COUNT, None, "sort: pieces a side; None: 4, from 128 pixels 7"),
+        ("sort_grid", COUNT, None, "sort: pieces a side; None: 7 if it fits, else 4"),
         ("sr_factor", COUNT, 4, "sr: how many times smaller"),
         ("noise_std", POSITIVE, 0.5, "denoise: pixels lie in [-1, 1]")],
     "optimiser": [
@@ -879,12 +873,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
 
     args.out = out
-    if args.task == "all":
-        args.task = ",".join(TASKS)
-    if args.patch_size is None:
-        args.patch_size = 4 if args.image_size < 128 else 16
-    if args.sort_grid is None:
-        args.sort_grid = 4 if args.image_size < 128 else 7
+    args.task = ",".join(TASKS) if args.task == "all" else args.task
+    args.patch_size = args.patch_size or (4 if args.image_size < 128 else 16)
+    args.sort_grid = args.sort_grid or (4 if args.image_size % 7 else 7)
     check_args(args)
     return args
 
@@ -896,8 +887,10 @@ def check_args(args):
             raise UserError(f"{flag} {getattr(args, name)}: {expected}")
 
     tasks = args.task.split(",")
-    check("task", set(tasks) <= set(TASKS), f"choose from {', '.join(TASKS)}, or all")
-    for name, used in (("patch_size", True), ("sort_grid", "sort" in tasks),
+    known = len(set(tasks) & set(TASKS)) == len(tasks)
+    check("task", known, f"choose from {', '.join(TASKS)}, each once, or all")
+    patches = args.model in VIT_SIZES or "mim" in tasks
+    for name, used in (("patch_size", patches), ("sort_grid", "sort" in tasks),
                        ("sr_factor", "sr" in tasks)):
         fits = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
         check(name, fits or not used, "must be above 1 and divide --image-size")

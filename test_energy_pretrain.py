@@ -664,7 +664,7 @@ def test_a_run_that_took_no_step_pins_no_flag_and_cannot_be_evaluated(
         patch.delattr(ep, "corrupt_batch")  # as if memory were too small
         with pytest.raises(NameError):
             run("--task", "sr", "--out", tmp_path)
-    assert "has taken no step" in one_line(capsys, "--evaluate", "--out", tmp_path)
+    assert "is not trained" in one_line(capsys, "--evaluate", "--out", tmp_path)
     assert run("--task", "sr", "--out", tmp_path, "--batch-size", 2)
 
 @pytest.mark.parametrize("data", ["procedural", "images"])
@@ -773,11 +773,13 @@ def test_evaluate_measures_restoration():
     still = ep.Pretrainer(ep.ViT(16, 4, 16, 2, 2), 1.0, num_steps=2)
     metrics, pictures = ep.evaluate(still, x, ["mim"], OPTIONS)
     row, (rows, energies) = metrics["mim"], pictures["mim"]
-    assert rows.shape == (4, 40, 3, 16, 16) and energies.shape == (4, 40)
-    assert torch.equal(rows[0], x) and torch.equal(rows[1], rows[3])
+    assert rows.shape == (4, 2, 3, 16, 16) and energies.shape == (4, 2)
+    assert torch.equal(rows[0], x[:2]) and torch.equal(rows[1], rows[3])
     assert row["psnr_corrupted"] == row["psnr_step_1"] == row["psnr_step_2"]
     assert row["order"] == row["order_other"] == 0 and row["psnr_clean"] > 100
-    of_all_pixels = ep.psnr(rows[1], x)  # of which 10 / 16 are hidden
+    generator = ep.make_generator("cpu", "evaluate", "mim")
+    x_tilde, _ = ep.corrupt(x, "mim", generator, OPTIONS)
+    of_all_pixels = ep.psnr(x_tilde, x)  # of which 10 / 16 are hidden
     assert row["psnr_corrupted"] == pytest.approx(of_all_pixels - 2.04, abs=0.05)
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -809,9 +811,9 @@ def test_each_task_is_always_corrupted_by_random_numbers_of_its_own(monkeypatch)
     assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
 
 def test_the_picture_shows_two_images_a_task_with_their_energies_and_names():
-    x = 3 * torch.ones(4, 3, 16, 16)  # beyond [-1, 1]: white, and below black
-    pictures = {"sr": (torch.stack([x, -x, -x, -x]), torch.zeros(4, 4)),
-                "color": (torch.stack([x] * 4), torch.zeros(4, 4))}
+    x = 3 * torch.ones(2, 3, 16, 16)  # beyond [-1, 1]: white, and below black
+    pictures = {"sr": (torch.stack([x, -x, -x, -x]), torch.zeros(4, 2)),
+                "color": (torch.stack([x] * 4), torch.zeros(4, 2))}
     picture = ep.draw_picture(pictures)
     assert picture.size == (76 + 16 + 4 * 104, 16 + 4 * 104)  # 2 steps, so 4 rows
     for row, colour in enumerate([255, 0, 0, 0]):
@@ -958,6 +960,7 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
 
 @pytest.mark.parametrize("arguments, message", [
     ("--task jigsaw", "--task jigsaw: choose from mim, sort"),
+    ("--task sr,sr", "--task sr,sr: choose from mim, sort, sr, denoise, color, each"),
     ("--model resnet19", "--model resnet19: choose nano, mini"),
     ("--image-size 18 --task sr", "--patch-size 4: must be above 1 and divide"),
     ("--sort-grid 1", "--sort-grid 1: must be above 1 and divide"),
@@ -992,6 +995,7 @@ def test_defaults_follow_the_device_and_what_was_given(monkeypatch, capsys):
     on_gpu = ["--device", "cuda", "--max-steps", "7", "--out", "~/run"]
     assert parsed("--device", "cpu") == ("nano", 1500, False, "runs/all", 4)
     assert parsed(*on_gpu) == ("small", 7, True, "/home/me/run", 7)
+    assert parsed("--image-size", "256", "--device", "cpu")[-1] == 4
     with pytest.raises(SystemExit):
         ep.parse_args(["--help"])
     said = capsys.readouterr().out
