@@ -699,7 +699,7 @@ def print_table(metrics):
 def draw_picture(pictures):
     """Two images a task: clean, corrupted and restored, each below its energy."""
     rows, energies = (torch.cat(parts, 1) for parts in zip(*pictures.values()))
-    count, side = rows.shape[1], max(88, rows.shape[4])  # (K+2, count, 3, S, S)
+    count, side = rows.shape[1], max(64, rows.shape[4])  # (K+2, count, 3, S, S)
     tiles = F.interpolate(rows.flatten(0, 1), size=(side, side), mode="bicubic")
     tiles = tiles.clamp(-1, 1) / 2 + 0.5
     grid = torchvision.utils.make_grid(tiles, count, padding=16, pad_value=1)

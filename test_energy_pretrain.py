@@ -815,14 +815,14 @@ def test_the_picture_shows_two_images_a_task_with_their_energies_and_names():
     pictures = {"sr": (torch.stack([x, -x, -x, -x]), torch.zeros(4, 2)),
                 "color": (torch.stack([x] * 4), torch.zeros(4, 2))}
     picture = ep.draw_picture(pictures)
-    assert picture.size == (76 + 16 + 4 * 104, 16 + 4 * 104)  # 2 steps, so 4 rows
+    assert picture.size == (76 + 16 + 4 * 80, 16 + 4 * 80)  # 2 steps, so 4 rows
     for row, colour in enumerate([255, 0, 0, 0]):
-        assert picture.getpixel((130, 60 + 104 * row)) == (colour,) * 3
-        assert picture.getpixel((130 + 2 * 104, 60 + 104 * row)) == (255,) * 3
-        text = picture.crop((404, 105 + 104 * row, 492, 119 + 104 * row))
+        assert picture.getpixel((130, 60 + 80 * row)) == (colour,) * 3
+        assert picture.getpixel((130 + 2 * 80, 60 + 80 * row)) == (255,) * 3
+        text = picture.crop((332, 81 + 80 * row, 396, 95 + 80 * row))
         assert text.convert("L").getextrema()[0] < 100
-    for place, text in (((4, 44), "clean"), ((4, 148), "corrupted"),
-                        ((300, 2), "color: remove color")):
+    for place, text in (((4, 32), "clean"), ((4, 112), "corrupted"),
+                        ((252, 2), "color: remove color")):
         box = (*place, place[0] + 70, place[1] + 12)
         expected = Image.new("RGB", picture.size, "white")
         ImageDraw.Draw(expected).text(place, text, "black")
