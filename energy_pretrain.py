@@ -414,14 +414,15 @@ def find_images(root):
     files, recycle bins and the pictures of runs are left out."""
     if os.path.isfile(root):
         return [root]
+    if not os.path.isdir(root):
+        raise UserError(f"--data {root}: no such file or folder")
     found, entered = {}, set()  # links can lead to a place twice, or in a circle
 
     def wanted(names):
         return sorted(n for n in names if n[0] != "." and n not in NO_DATA)
 
     def warn(error):
-        if error.filename != root:
-            print(f"warning: left out {error}", file=sys.stderr)
+        print(f"warning: left out {error}", file=sys.stderr)
 
     for folder, subfolders, names in os.walk(root, onerror=warn, followlinks=True):
         real_folder = os.path.realpath(folder)
@@ -534,9 +535,9 @@ class WithoutBfloat16(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 def build_optimizers(module):
-    """AdamW, and Muon (Jordan et al., 2024) for the matrices of attention and MLPs:
-    its updates are nearly orthogonal, so all directions move equally far. Biases,
-    norms, positions and v do not decay, as is customary."""
+    """AdamW, and Muon (Jordan et al., 2024) for matrices named "att" or "mlp": its
+    updates are nearly orthogonal, so all directions move equally far. Biases, norms,
+    positions and v do not decay, as is customary."""
     inner, decaying, others = [], [], []
     for name, p in module.named_parameters():
         if p.ndim == 2 and name.endswith("weight") and ("att" in name or "mlp" in name):
@@ -570,8 +571,8 @@ def update_parameters(args, optimizers, step):
 
 # ==== 7. Checkpoints ==================================================
 # Dicts of tensors, numbers and strings: loading one cannot run code. The same command,
-# given again, resumes. These flags may change then; with --evaluate all but the
-# network's. (data: the files' names are compared instead.)
+# given again, resumes. These flags may change then (but not the names of the files);
+# with --evaluate all but the network's.
 MAY_DIFFER = set("out data device workers compile lr save_every eval_images".split())
 
 def write_file(args, name, write):
@@ -655,8 +656,8 @@ def evaluate(pretrainer, x, tasks, options):
     psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task changes, before
     and after k steps, and after a step from the clean image. order: share of images
     whose energy is lower clean than corrupted; order_quarter: than corrupted by 1/4;
-    order_other (mim): than with another image's content in the hidden patches.
-    images (K+2, 2, 3, S, S): the first two clean, corrupted and restored.
+    order_other (mim): than with another image's hidden patches. images: the first two
+    clean, corrupted and restored, (K+2, 2, 3, S, S).
     """
     metrics, pictures, K = {}, {}, pretrainer.num_steps
     for task in tasks:

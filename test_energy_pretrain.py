@@ -952,9 +952,10 @@ def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
     ("--partial-share 1", "--partial-share: 1 is not in [0, 1)"),
     ("--epochs inf", "--epochs: inf is not in"),
     ("--epochs 2", "--epochs 2.0: needs --data"),
-    ("--data /no/such.jpg", "--data /no/such.jpg: 0 images (.jpg"),
+    ("--data /no/such.jpg", "--data /no/such.jpg: no such file"),
     ("--device tpu", "--device: invalid choice: 'tpu'"),
     ("--max-steps many", "--max-steps: invalid"),
+    ("--data .ci --out x", "--data .ci: 0 images (.jpg"),
     ("--evaluate", "checkpoint.pt: missing, damaged"),
     ("--batch-size 5", "--batch-size 5: must be a multiple of the 2 processes"),
     ("--out " + "x" * 300, "File name too long")])
@@ -969,6 +970,8 @@ def test_a_folder_of_unusable_files_ends_in_one_line(tmp_path, capsys):
     Image.new("F", (20, 20)).save(tmp_path / "float.tif")
     arguments = "--data", tmp_path, "--workers", 1, "--out", tmp_path
     assert "float.tif (more than 8 bits" in one_line(capsys, *arguments)
+    (tmp_path / "empty").mkdir()
+    assert "empty: 0 images (.jpg" in one_line(capsys, "--data", tmp_path / "empty")
 
 def test_defaults_follow_the_device_and_what_was_given(monkeypatch, capsys):
     def parsed(*given):
