@@ -698,7 +698,7 @@ def print_table(metrics):
         print(f"{name:<20}" + "".join(f"{cell:>9}" for cell in cells))
 
 def draw_picture(pictures):
-    """Two images a task: clean, corrupted and restored, each below its energy."""
+    """Two images a task: clean, corrupted and restored, each above its energy."""
     rows, energies = (torch.cat(parts, 1) for parts in zip(*pictures.values()))
     count, side = rows.shape[1], max(64, rows.shape[4])  # (K+2, count, 3, S, S)
     tiles = F.interpolate(rows.flatten(0, 1), size=(side, side), mode="bicubic")
