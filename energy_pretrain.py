@@ -264,7 +264,8 @@ class ViT(nn.Module):
         distance = (self.head * error.square()).mean(2)  # (B, N)
         if seen is not None:
             distance = distance.scatter(1, seen, 0.0)
-        return self.patch_embed.proj.weight[0].numel() * distance.sum(1)  # 3 P^2 ...
+        patch_pixels = self.patch_embed.proj.weight[0].numel()  # 3 P^2
+        return patch_pixels * distance.sum(1)
 
 class Pretrainer(nn.Module):
     """Energy and loss in one module, as DistributedDataParallel needs them."""
