@@ -588,6 +588,8 @@ def test_muon_moves_inner_matrices_and_only_weights_decay():
         decay = 0.05 if p.ndim > 1 and len(p) > 1 else 0.0
         assert place.pop(id(p)) == (muon if inner else adamw, decay), name
     assert not place and len(ep.build_optimizers(torch.nn.Conv2d(3, 3, 3))) == 1
+    table = torch.nn.ParameterDict({"bias_table": torch.zeros(4, 4)})
+    assert len(ep.build_optimizers(torch.nn.ModuleDict({"attn": table}))) == 1
     assert adamw.defaults["betas"] == (0.9, 0.95) and muon.defaults["momentum"] == 0.9
 
 @given(st.integers(1, 200))
