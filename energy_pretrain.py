@@ -1,30 +1,31 @@
 """Energy-inspired self-supervised pretraining for vision models, in one file.
 
-A vision network is an energy: its forward pass gives each image one number, lower
-when clean than when corrupted. Its backward pass restores: a corrupted image takes a
-gradient step down the energy, and training asks the step to end at the clean image.
+A vision network is an energy: its forward pass gives each image one number,
+lower when clean than when corrupted. Its backward pass restores: a corrupted
+image takes a gradient step down the energy, and training asks the step to end
+at the clean image.
 
     E(x)                              forward pass: one number per image   (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)  backward pass: K steps from x_tilde  (2)
     loss = mean_k d(x_k, x)           each step should end at the clean x  (3)
 
 The idea is the paper's (Wang, Wang, Liu, Qiu: Energy-Inspired Self-Supervised
-Pretraining for Vision Models, ICLR 2023). We read its abstract and introduction.
-The rest is ours: the distance d, how a network becomes an energy, when hidden patches
-join, partial corruptions, the optimiser, and all numbers.
+Pretraining for Vision Models, ICLR 2023). We read its abstract and
+introduction. The rest is ours: distance d, how a network becomes an energy,
+when hidden patches join, partial corruptions, the optimiser, and all numbers.
 
-Why an energy? Under squared error, the best restoration of x plus Gaussian noise of
-deviation sigma is x_tilde + sigma^2 grad log p_sigma(x_tilde) (Tweedie). So (2) is
-trained as if alpha E were -sigma^2 log p_sigma (Vincent 2011). Only "as if": our d is
-not squared error, and our tasks are not noise of one sigma.
+Why an energy? Under squared error, the best restoration of x plus Gaussian
+noise of deviation sigma is x_tilde + sigma^2 grad log p_sigma (Tweedie). So
+(2) is trained as if alpha E were -sigma^2 log p_sigma (Vincent 2011). Only "as
+if": our d is not squared error, and our tasks are not noise of one sigma.
 
-    python energy_pretrain.py                           # all tasks, drawn images
-    python energy_pretrain.py --task color --data DIR   # a folder of images
-    torchrun --nproc_per_node=8 energy_pretrain.py --task mim     # eight GPUs
+    python energy_pretrain.py                         # all tasks, drawn images
+    python energy_pretrain.py --task color --data DIR      # a folder of images
+    torchrun --nproc_per_node=8 energy_pretrain.py --task mim      # eight GPUs
 
-Sections 1 to 3 are the method. x is clean, x_tilde corrupted, x_hat restored. B
-images have S x S pixels in [-1, 1] and N patches of P x P, M of them visible. D
-is the width of the network, h its heads, K the number of restoration steps.
+Sections 1 to 3 are the method. x is clean, x_tilde corrupted, x_hat restored:
+B images of S x S pixels in [-1, 1], N patches of P x P, M of them visible. D
+is the network's width, h its number of heads, K that of restoration steps.
 """
 import argparse
 import json
@@ -34,8 +35,8 @@ import sys
 import time
 import zipfile
 import zlib
-from collections import OrderedDict
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,6 @@ import torchvision
 from PIL import Image, ImageDraw, ImageOps
 from torch import distributed as dist, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms import v2
 
@@ -51,24 +51,19 @@ class UserError(Exception):
     """An error to show the user in one line, without a traceback."""
 
 # ==== 1. Restoration and loss =========================================
-# There are two backward passes. The first differentiates the energy with respect to
-# the image: dE/dx is the restoring step, in place of a decoder. The second
+# There are two backward passes. The first differentiates the energy with
+# respect to the image: dE/dx restores, in place of a decoder. The second
 # differentiates the loss with respect to the parameters, through the first.
 
 def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
     """Take K = num_steps steps down the energy from x_tilde: (K, B, 3, S, S).
 
-    energy_fn: a function from (B, 3, S, S) to exactly (B,). It must not mix images, as
-    batch norm does outside evaluation mode. create_graph: for training.
+    energy_fn maps (B, 3, S, S) to (B,). It must not mix images, as batch norm
+    does outside evaluation mode: the gradient of the sum of all energies then
+    holds each image's own dE/dx. create_graph: for training.
     """
-    def total_energy(x):
-        energy = energy_fn(x)
-        if energy.shape != x.shape[:1]:
-            raise ValueError(f"energies: {tuple(energy.shape)}, not ({len(x)},)")
-        return energy.sum()  # its gradient gives each image its own dE/dx
-
     # torch.autograd.grad would fail in torch.compile and under torch.no_grad()
-    gradient = torch.func.grad(total_energy)
+    gradient = torch.func.grad(lambda x: energy_fn(x).sum())
     iterates = [x_tilde]
     with torch.set_grad_enabled(create_graph):
         for _ in range(num_steps):
@@ -79,9 +74,9 @@ def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
 def restoration_loss(x_hat, x, x_tilde):
     """Eq. (3) per image, (B,): mean_k smooth_l1(x_k, x) / rms(x_tilde - x).
 
-    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved the image (at
-    least 0.05); otherwise large corruptions would drown small ones. Smooth L1 is half
-    the squared error, but linear above 1, where it would favour outliers.
+    x_hat: (K, B, 3, S, S). We divide by how far the corruption moved an image,
+    otherwise large corruptions would drown small ones. Smooth L1 is half the
+    squared error, but linear above 1, where that would favour outliers.
     """
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
     error = error.flatten(2).mean(2).mean(0)  # (B,)
@@ -89,15 +84,15 @@ def restoration_loss(x_hat, x, x_tilde):
     return error / moved.clamp(min=0.05)  # Eq. (3)
 
 # ==== 2. Corruptions ==================================================
-# Each takes images (B, 3, S, S), a generator and its flags (**_: the others), and
-# returns images of that shape. A sixth task needs a function here, a line in
-# CORRUPTIONS, its flag in FLAGS, and perhaps a check of its values in check_args.
+# Each takes images (B, 3, S, S), a generator and its flags (**_: the others),
+# and returns images of that shape. A sixth task needs a function here, a line
+# in CORRUPTIONS, its flag in FLAGS, and perhaps a check in check_args.
 
 def draw_visible(x, generator, mask_ratio, patch_size, **_):
     """Choose which patches of each image stay visible: indices seen (B, M)."""
     N = (x.shape[2] // patch_size)**2
-    order = torch.rand(len(x), N, generator=generator, device=x.device).argsort(1)
-    return order[:, round(mask_ratio * N):]
+    noise = torch.rand(len(x), N, generator=generator, device=x.device)
+    return noise.argsort(1)[:, round(mask_ratio * N):]
 
 def hidden_pixels(x, seen, patch_size):
     """True at every pixel of a hidden patch: (B, 1, S, S)."""
@@ -111,9 +106,9 @@ def hide_patches(x, generator, seen, patch_size, **_):
 
 def shuffle_patches(x, generator, sort_grid, **_):
     """Patch sorting: shuffle sort_grid x sort_grid pieces of each image."""
-    side = x.shape[2] // sort_grid
-    pieces = F.pixel_unshuffle(x, side).flatten(2)  # (B, 3*side*side, pieces)
-    noise = torch.rand(len(x), sort_grid**2, generator=generator, device=x.device)
+    count, side = sort_grid**2, x.shape[2] // sort_grid
+    pieces = F.pixel_unshuffle(x, side).flatten(2)  # (B, 3*side*side, count)
+    noise = torch.rand(len(x), count, generator=generator, device=x.device)
     order = noise.argsort(1).unsqueeze(1).expand_as(pieces)
     pieces = pieces.gather(2, order).unflatten(2, (sort_grid, sort_grid))
     return F.pixel_shuffle(pieces, side)
@@ -125,8 +120,7 @@ def lower_resolution(x, generator, sr_factor, **_):
 
 def add_noise(x, generator, noise_std, **_):
     """Denoising: add Gaussian noise, unclipped, so that it stays Gaussian."""
-    return x + noise_std * torch.randn(
-        x.shape, generator=generator, device=x.device, dtype=x.dtype)
+    return x + noise_std * torch.empty_like(x).normal_(generator=generator)
 
 def remove_color(x, generator, **_):
     """Colourisation: keep the luma (ITU-R BT.601) in all three channels."""
@@ -134,12 +128,8 @@ def remove_color(x, generator, **_):
     return (0.299 * red + 0.587 * green + 0.114 * blue).expand_as(x)
 
 CORRUPTIONS = {
-    "mim": hide_patches,
-    "sort": shuffle_patches,
-    "sr": lower_resolution,
-    "denoise": add_noise,
-    "color": remove_color,
-}
+    "mim": hide_patches, "sort": shuffle_patches, "sr": lower_resolution,
+    "denoise": add_noise, "color": remove_color}
 TASKS = list(CORRUPTIONS)
 
 def corrupt(x, task, generator, options):
@@ -148,13 +138,13 @@ def corrupt(x, task, generator, options):
     return CORRUPTIONS[task](x, generator, seen=seen, **options), seen
 
 def corrupt_batch(x, tasks, generator, options, shift):
-    """Corrupt a training batch: at most two groups (x, x_tilde, seen), the images of
-    mim, and those of all other tasks, with seen None.
+    """Corrupt images (B, 3, S, S) for a training step: at most two groups
+    (x, x_tilde, seen), those of mim, and of all other tasks, with seen None.
 
-    The tasks share the images (B, 3, S, S) evenly; shift rotates the tasks, since the
-    first ones may get one more. A partial_share of the images is corrupted only in
-    part, mostly lightly (ours). A network that never sees nearly clean images may give
-    them a lower energy than clean ones, and its step damages clean images.
+    The tasks share the images; shift rotates them, as the first ones may get
+    one more. A partial_share of the images is corrupted only in part, mostly
+    lightly (ours). A network that never sees nearly clean images may give them
+    a lower energy than clean ones, and its step damages clean images.
     """
     shift, share = shift % len(tasks), options["partial_share"]
     tasks = tasks[shift:] + tasks[:shift]
@@ -162,8 +152,9 @@ def corrupt_batch(x, tasks, generator, options, shift):
     for task, x in zip(tasks, x.tensor_split(len(tasks))):
         if len(x):
             x_tilde, seen = corrupt(x, task, generator, options)
-            u = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
-            x_tilde = x.lerp(x_tilde, torch.where(u < share, (u / share)**2, 1.0))
+            u = torch.rand(len(x), generator=generator, device=x.device)
+            strength = torch.where(u < share, (u / share)**2, 1.0)
+            x_tilde = x.lerp(x_tilde, strength.view(-1, 1, 1, 1))
             (others if seen is None else masked).append((x, x_tilde, seen))
     if others:
         x, x_tilde, _ = zip(*others)
@@ -171,23 +162,22 @@ def corrupt_batch(x, tasks, generator, options, shift):
     return masked + others
 
 # ==== 3. The energy ===================================================
-# forward(x, seen=None) maps images (B, 3, S, S) to energies (B,). Given seen (B, M),
-# visible patches are constants: dE/dx is zero there, and E rates the content of the
-# hidden ones. Only gradients of E are trained. So energies of different images, or
-# given different patches, cannot be compared.
+# forward(x, seen=None) maps images (B, 3, S, S) to energies (B,). Given seen
+# (B, M), visible patches are constants: dE/dx is zero there, and E rates the
+# content of the hidden ones. Only gradients of E are trained. So energies of
+# different images, or given different patches, cannot be compared.
 
 class Block(nn.Module):
-    """Attention and MLP. By hand, since fused attention has no second derivative."""
-
+    """Attention and MLP. By hand: fused attention has no second derivative."""
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = nn.ModuleDict(
-            {"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+        self.attn = nn.ModuleDict({
+            "qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(
-            dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
 
     def forward(self, x):  # (B, T, D), T tokens
         qkv = self.attn.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
@@ -195,13 +185,13 @@ class Block(nn.Module):
         q = q / math.sqrt(q.shape[3])
         weights = (q @ k.transpose(2, 3)).softmax(3)  # (B, h, T, T)
         x = x + self.attn.proj((weights @ v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        return x + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x))))
 
 def random_waves(side, dim):
-    """Positions (1, N, D): waves of random direction, frequency and phase (ours).
+    """Positions (1, N, D), ours: waves of random direction, frequency, phase.
 
-    Near patches get similar positions, so they attend to each other from the start.
-    Correlation at distance r: exp(-(0.7 r)^2 / 2); rms of a component: 0.6.
+    Near patches get similar positions, so they attend to each other from the
+    start. Their correlation at distance r is exp(-(0.7 r)^2 / 2).
     """
     place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)  # (N, 2)
     waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
@@ -210,17 +200,16 @@ def random_waves(side, dim):
 class ViT(nn.Module):
     """A plain Vision Transformer under timm's names, plus a vector v, `head`.
 
-    E (ours) is a weighted distance between the patch embeddings p_n and the network's
-    outputs z_n, which say what it expects there:
+    E (ours) is a weighted distance between the patch embeddings p_n and the
+    network's outputs z_n, which say what it expects there:
 
         E = 3 P^2 sum_n mean_d v_d (p_nd - z_nd)^2
 
-    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum, and the
-    3 P^2 pixel values of a patch, make steps equally long for all sizes.
-
-    Hidden patches join late (ours): visible ones pass all blocks but the last among
-    themselves, and n runs over the hidden ones alone. So the features of visible
-    patches must predict the hidden ones, which skip most blocks.
+    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum and
+    the 3 P^2 pixel values of a patch make steps equally long for all sizes.
+    Given seen, n runs over the hidden patches, and these join late (ours):
+    visible ones pass all blocks but the last among themselves. So their
+    features must predict the hidden ones.
     """
     def __init__(self, image_size, patch_size, dim, depth, num_heads):
         super().__init__()
@@ -269,7 +258,6 @@ class ViT(nn.Module):
 
 class Pretrainer(nn.Module):
     """Energy and loss in one module, as DistributedDataParallel needs them."""
-
     def __init__(self, model, alpha, num_steps=1):
         super().__init__()
         self.model, self.alpha, self.num_steps = model, alpha, num_steps
@@ -284,34 +272,25 @@ class Pretrainer(nn.Module):
         return torch.cat(losses).mean()
 
 class TorchvisionNet(nn.Module):
-    """A classification network of torchvision: E = 3 S^2 v . features.
-
-    v, `head`, replaces the last linear layer; visible pixels are constants. A network
-    of your own needs `head`, `represent`, and a `forward` that can be differentiated
-    twice (fused attention cannot, MATH can) and mixes no images (evaluation mode).
-    All parameters must enter dE/dx, or DistributedDataParallel waits for them.
-    """
+    """A classifier of torchvision: E = 3 S^2 v . features. v, `head`, is in
+    place of the last linear layer; visible pixels are constants."""
     def __init__(self, name, image_size, patch_size):
         super().__init__()
         self.patch_size = patch_size
         self.net = torchvision.models.get_model(name, weights=None)
-        for layer_name, layer in self.net.named_modules():
-            layer.inplace = False  # overwritten values have no second derivative
-        try:
-            self.net.set_submodule(layer_name, nn.Identity())
-            self.head = nn.Parameter(torch.zeros(layer.in_features))
-            x = torch.zeros(1, 3, image_size, image_size)
-            restore(self.eval(), x, 1.0, create_graph=True).sum().backward()
-        except Exception as error:  # e.g. no linear layer, a wrong size
-            raise UserError(f"--model {name} cannot be an energy here: {error}")
+        for last_name, last in self.net.named_modules():
+            last.inplace = False  # overwriting prevents a second derivative
+        self.head = nn.Parameter(torch.zeros(last.in_features))
+        self.net.set_submodule(last_name, nn.Identity())
 
     def represent(self, x):
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH):  # attention that has one
             return self.net(x)  # (B, D)
 
     def forward(self, x, seen=None):
         if seen is not None:
-            x = x.where(hidden_pixels(x, seen, self.patch_size), x.detach())
+            hidden = hidden_pixels(x, seen, self.patch_size)
+            x = x.where(hidden, x.detach())
         return x[0].numel() * (self.head * self.represent(x)).sum(1)
 
 VIT_SIZES = {  # name: (width D, depth, heads h)
@@ -319,18 +298,27 @@ VIT_SIZES = {  # name: (width D, depth, heads h)
     "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def build_model(name, image_size, patch_size):
-    """An energy by its name. A network of your own would be made here."""
+    """An energy by its name. A network of your own would be made here.
+
+    It needs `head`, `represent`, and a `forward` that mixes no images and has a
+    second derivative. DistributedDataParallel needs all parameters in dE/dx.
+    """
     if name in VIT_SIZES:
         return ViT(image_size, patch_size, *VIT_SIZES[name])
-    if name in torchvision.models.list_models(torchvision.models):
-        return TorchvisionNet(name, image_size, patch_size)
-    raise UserError(f"--model {name}: choose {', '.join(VIT_SIZES)}, or a "
-                    "classification network of torchvision, such as resnet18")
+    try:
+        model = TorchvisionNet(name, image_size, patch_size).eval()
+        x = torch.zeros(1, 3, image_size, image_size)
+        restore(model, x, 1.0, create_graph=True).sum().backward()
+    except Exception as error:  # e.g. unknown, a wrong size, no linear layer
+        raise UserError(
+            f"--model {name} cannot be an energy here: {error}. Choose "
+            f"{', '.join(VIT_SIZES)}, or one of torchvision, as resnet18")
+    return model
 
 # ==== 4. Processes and randomness =====================================
 # torchrun and other launchers number the processes in environment variables.
 
-RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # LOCAL_RANK: among those of this machine
+RANK, LOCAL_RANK, WORLD_SIZE = 0, 0, 1  # LOCAL_RANK: among this machine's
 if "LOCAL_RANK" in os.environ:
     RANK, LOCAL_RANK, WORLD_SIZE = (
         int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -340,7 +328,7 @@ def print0(*values):
         print(*values, flush=True)
 
 def seed_from(*key):
-    """A seed named by its use, as ("corrupt", 0, 17); no generator is saved."""
+    """A seed named by its use, as ("corrupt", 0, 17). So none is saved."""
     return zlib.crc32(repr(key).encode())
 
 def make_generator(device, *key):
@@ -356,13 +344,12 @@ def choose_device(name):
     return torch.device("cuda", LOCAL_RANK)
 
 def join_processes(device):
-    if WORLD_SIZE > 1:
-        # the prefix hides what dead processes left in torchrun's store (pytorch 135712)
-        store, _, _ = next(dist.rendezvous("env://"))
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=RANK, world_size=WORLD_SIZE,
-                                store=dist.PrefixStore(restarts, store))
+    # the prefix hides what dead processes left in the store (pytorch 135712)
+    store, _, _ = next(dist.rendezvous("env://"))
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", rank=RANK,
+        world_size=WORLD_SIZE, store=dist.PrefixStore(restarts, store))
 
 def autocast(device):
     """bfloat16 where a GPU computes in it; float16 would need loss scaling."""
@@ -372,16 +359,14 @@ def autocast(device):
 # ==== 5. Data =========================================================
 
 def draw_landscapes(batch_size, size, generator):
-    """Images (B, 3, S, S) of sky, furrowed ground and three balls, near ones red."""
+    """Images (B, 3, S, S) of sky, furrows and three balls, near ones red."""
     device = generator.device
-
     def uniform(low, high):
         u = torch.rand(batch_size, 1, 1, 1, generator=generator, device=device)
         return low + (high - low) * u
-
     def mix(share, *colors):  # two of them, red, green and blue in [0, 1]
-        first, second = torch.tensor(colors, device=device).view(2, 1, 3, 1, 1)
-        return torch.lerp(first, second, share)
+        colors = torch.tensor(colors, device=device).view(2, 1, 3, 1, 1)
+        return torch.lerp(*colors, share)
 
     u = torch.linspace(0, 1, size, device=device).view(1, 1, 1, size)  # right
     v = u.transpose(2, 3)  # down
@@ -397,54 +382,44 @@ def draw_landscapes(batch_size, size, generator):
     ground = soil * (0.75 + 0.5 * below + 0.15 * waves.sin()) * (1.1 - 0.4 * evening)
     x = torch.lerp(sky, ground, ((v - horizon) * size + 0.5).clamp(0, 1))
 
-    nearness = torch.cat([uniform(0.15, 1) for _ in range(3)], 1).sort(1).values
-    for near in nearness.split(1, 1):  # far balls first
+    balls = torch.cat([uniform(0.15, 1) for _ in range(3)], 1)
+    for near in balls.sort(1).values.split(1, 1):  # far balls first
         radius = 0.06 + 0.12 * near  # near: large and low
         du = (u - uniform(0, 1)) / radius  # (B, 1, 1, S)
-        dv = (v - horizon - near * (0.9 - horizon)) / radius + 1  # (B, 1, S, S)
-        inside = 1 - (du**2 + dv**2).sqrt()
-        shade = (0.75 - 0.35 * du - 0.15 * dv).clamp(0.25, 1.2)  # lit from the left
+        dv = (v - horizon - near * (0.9 - horizon)) / radius + 1
+        inside = 1 - (du**2 + dv**2).sqrt()  # (B, 1, S, S)
+        shade = (0.75 - 0.35 * du - 0.15 * dv).clamp(0.25, 1.2)
         ball = shade * mix(near, (0.25, 0.4, 1.0), (1.0, 0.3, 0.1))
         x = torch.lerp(x, ball, (inside * radius * size + 0.5).clamp(0, 1))
     return x.clamp(0, 1) * 2 - 1
 
-NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "restorations.png"}
+NO_DATA = {"@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found",
+           "restorations.png"}
 
 def find_images(root):
-    """The image files below a folder, each once; or root, if it is a file. Hidden
-    files, recycle bins and the pictures of runs are left out."""
+    """The image files below a folder, or root itself, if it is a file.
+    Hidden files, recycle bins and the pictures of runs are left out."""
     if os.path.isfile(root):
         return [root]
-    if not os.path.isdir(root):
-        raise UserError(f"--data {root}: no such file or folder")
-    found, entered = {}, set()  # links can lead to a place twice, or in a circle
-
-    def wanted(names):
-        return sorted(n for n in names if n[0] != "." and n not in NO_DATA)
-
-    def warn(error):
-        print(f"warning: left out {error}", file=sys.stderr)
-
-    for folder, subfolders, names in os.walk(root, onerror=warn, followlinks=True):
-        real_folder = os.path.realpath(folder)
-        subfolders[:] = [] if real_folder in entered else wanted(subfolders)
-        entered.add(real_folder)
-        for name in filter(is_image_file, wanted(names)):
-            file, real = (os.path.join(f, name) for f in (folder, real_folder))
-            if os.path.islink(file):
-                real = os.path.realpath(file)
-            if os.path.isfile(file):  # neither a pipe nor a broken link
-                found.setdefault(real, file)
-    summary = f"{root}: {len(found)} images ({' '.join(IMG_EXTENSIONS)})"
-    if not found:
-        raise UserError(f"--data {summary}")
-    print0(summary)
-    return list(found.values())
+    def fail(error):
+        raise UserError(f"--data {root}: {error}")
+    files, entered = [], set()
+    for folder, subfolders, names in os.walk(root, onerror=fail, followlinks=True):
+        for part in subfolders, names:
+            part[:] = sorted(n for n in part if n[0] != "." and n not in NO_DATA)
+        if os.path.realpath(folder) in entered:  # links can lead in a circle
+            subfolders[:] = names[:] = []
+        entered.add(os.path.realpath(folder))
+        paths = (os.path.join(folder, n) for n in names if is_image_file(n))
+        files += filter(os.path.isfile, paths)  # no pipes, no broken links
+    if not files:
+        fail(f"no images ({' '.join(IMG_EXTENSIONS)})")
+    print0(f"{root}: {len(files)} images")
+    return files
 
 class Crops(torch.utils.data.Dataset):
-    """Crops of image files: item (index, seed) is (3, S, S) in uint8. The seed chooses
-    crop and flip; without augment it is the centre crop."""
-
+    """Crops of image files: item (index, seed) is (3, S, S) in uint8. The seed
+    chooses crop and flip; without augment it is the centre crop."""
     def __init__(self, files, size, augment):
         self.files, self.size = files, size
         crop = [v2.Resize(size), v2.CenterCrop(size)]
@@ -452,13 +427,13 @@ class Crops(torch.utils.data.Dataset):
             crop = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
         self.crop = v2.Compose([*crop, v2.PILToTensor()])
 
-    def load(self, index):
-        """One file's crop. Raises Pillow's errors, and ValueError for more than 8 bits
-        a channel, whose white level is unknown."""
-        image = Image.open(self.files[index])
+    def load(self, file):
+        """A file's crop. ValueError for more than 8 bits a channel, since the
+        white level is unknown then."""
+        image = Image.open(file)
         if image.mode[0] in "IF" or ";16" in str(image.tile):
             raise ValueError("more than 8 bits a channel")
-        image.draft("RGB", (3 * self.size, 3 * self.size))  # faster for large JPEGs
+        image.draft("RGB", (3 * self.size, 3 * self.size))  # for speed
         image = ImageOps.exif_transpose(image)
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             white = Image.new("RGBA", image.size, "white")
@@ -468,10 +443,10 @@ class Crops(torch.utils.data.Dataset):
     def __getitem__(self, key):
         index, seed = key
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # torchvision draws from the global generator
+            torch.manual_seed(seed)  # torchvision's transforms draw from it
             for _ in range(100):  # a damaged file must not end a training
                 try:
-                    return self.load(index)
+                    return self.load(self.files[index])
                 except Exception as error:  # Pillow raises anything
                     reason = f"{self.files[index]} ({error})"
                     print(f"warning: left out {reason}", file=sys.stderr)
@@ -479,47 +454,45 @@ class Crops(torch.utils.data.Dataset):
         raise UserError(f"no usable image in 100 draws, the last {reason}")
 
 def open_data(args):
-    """Training files, held-out files (None: endless landscapes), and a text that
-    identifies both. val/ or test/ beside train/ is held out, else every tenth image."""
+    """Training files, held-out files (None: landscapes), and a text that tells
+    both from others. val/ or test/ beside train/ is held out, else every tenth."""
     if args.data == "procedural":
         return None, None, args.data
-    parts = [os.path.join(args.data, part) for part in ("train", "val", "test")]
-    others = [part for part in parts[1:] if os.path.isdir(part)]
-    if others and os.path.isdir(parts[0]):
-        train, held_out = find_images(parts[0]), find_images(others[0])
+    train, val, test = (os.path.join(args.data, n) for n in ("train", "val", "test"))
+    held_out = val if os.path.isdir(val) else test
+    if os.path.isdir(train) and os.path.isdir(held_out):
+        train, held_out = find_images(train), find_images(held_out)
     else:
         found = find_images(args.data)
         train = [file for i, file in enumerate(found) if i % 10] or found
         held_out = found[::10]
-    root = args.data if os.path.isdir(args.data) else os.path.dirname(args.data)
-    names = "\n".join(os.path.relpath(file, root or ".") for file in train + held_out)
+    names = "\n".join(os.path.basename(file) for file in train + held_out)
     checksum = zlib.crc32(names.encode(errors="surrogateescape"))
     return train, held_out, f"{len(train + held_out)} files, checksum {checksum:x}"
 
-def crop_keys(num_images, batch_size, steps, key, rank, world):
-    """Yield this process's keys (index, seed) of Crops for each step. Every epoch has
-    a new order; step n takes the n-th batch of all epochs in a row."""
+def crop_keys(count, batch_size, steps, key, rank, world):
+    """Yield this process's keys (index, seed) of Crops for each step. Every
+    epoch has a new order; step n takes the n-th batch of all in a row."""
     part, epoch = batch_size // world, None
     for step in steps:
         keys, first = [], step * batch_size + rank * part
         for i in range(first, first + part):
-            if epoch != i // num_images:
-                epoch = i // num_images
+            if epoch != i // count:
+                epoch = i // count
                 generator = make_generator("cpu", *key, "epoch", epoch)
-                order = torch.randperm(num_images, generator=generator).tolist()
-            keys.append((order[i % num_images], seed_from(*key, "crop", i)))
+                order = torch.randperm(count, generator=generator)
+            keys.append((int(order[i % count]), seed_from(*key, "crop", i)))
         yield keys
 
-def image_batches(args, files, device, batch_size, steps, purpose, rank=0, world=1):
-    """Yield this process's images (B, 3, S, S) for each step. purpose is part of the
-    seed. Held-out images get random crops, too."""
+def image_batches(args, files, device, batch_size, steps, use, rank=0, world=1):
+    """Yield this process's images (B, 3, S, S) for each step; use seeds them."""
     if files is None:
         for step in steps:
-            generator = make_generator(device, purpose, args.seed, step, rank)
+            generator = make_generator(device, use, args.seed, step, rank)
             yield draw_landscapes(batch_size // world, args.image_size, generator)
         return
     crops = Crops(files, args.image_size, args.augment and len(files) > 1)
-    keys = crop_keys(len(files), batch_size, steps, (purpose, args.seed), rank, world)
+    keys = crop_keys(len(files), batch_size, steps, (use, args.seed), rank, world)
     for x in torch.utils.data.DataLoader(
             crops, batch_sampler=keys, num_workers=args.workers,
             pin_memory=device.type == "cuda"):
@@ -527,18 +500,10 @@ def image_batches(args, files, device, batch_size, steps, purpose, rank=0, world
 
 # ==== 6. Optimisers and schedule ======================================
 
-class WithoutBfloat16(TorchFunctionMode):
-    """torch's Muon computes in bfloat16, which most CPUs emulate."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.bfloat16 and args[0].device.type == "cpu":
-            return args[0].clone()
-        return function(*args, **(kwargs or {}))
-
 def build_optimizers(module):
-    """AdamW, and Muon (Jordan et al., 2024) for matrices named "att" or "mlp": its
-    updates are nearly orthogonal, so all directions move equally far. Biases, norms,
-    positions and v do not decay, as is customary."""
+    """AdamW, and Muon (Jordan et al., 2024) for matrices named "att" or "mlp":
+    its updates are nearly orthogonal, so all directions move equally far.
+    Biases, norms, positions and v do not decay, as is customary."""
     inner, decaying, others = [], [], []
     for name, p in module.named_parameters():
         if p.ndim == 2 and name.endswith("weight") and ("att" in name or "mlp" in name):
@@ -556,8 +521,8 @@ def build_optimizers(module):
         inner, momentum=0.9, adjust_lr_fn="match_rms_adamw", **common)]
 
 def update_parameters(args, optimizers, step):
-    """Take step 1 ... max_steps and return its learning rate, which rises linearly
-    over a twentieth of the steps, then falls as half a cosine (customary)."""
+    """Take a step of 1 ... max_steps and return its learning rate: linear over
+    a twentieth of the steps, then half a cosine, as is customary."""
     warmup = args.max_steps // 20
     rate = args.lr * step / max(1, warmup)
     if step >= warmup:
@@ -566,14 +531,14 @@ def update_parameters(args, optimizers, step):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        with WithoutBfloat16():
+        # torch's Muon computes in bfloat16, which most CPUs emulate
+        with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
             optimizer.step()
     return rate
 
 # ==== 7. Checkpoints ==================================================
-# Dicts of tensors, numbers and strings: loading one cannot run code. The same command,
-# given again, resumes. These flags may change then (but not the names of the files);
-# with --evaluate all but the network's.
+# Dicts of tensors, numbers and strings: loading one cannot run code. The same
+# command, given again, resumes; these flags may change then.
 MAY_DIFFER = set("out data device workers compile lr save_every eval_images".split())
 
 def write_file(args, name, write):
@@ -584,11 +549,10 @@ def write_file(args, name, write):
         with open(path + ".unfinished", "wb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())  # on the disk before it replaces the old one
+            os.fsync(file.fileno())  # on the disk before it replaces the old
         os.replace(path + ".unfinished", path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-        error = error.__context__ or error
-        raise UserError(f"{path}: cannot be written; is the disk full? ({error})")
+        raise UserError(f"{path}: cannot write ({error.__context__ or error})")
 
 def load_checkpoint(path):
     """Read a checkpoint.pt. UserError if it is missing or damaged."""
@@ -598,28 +562,25 @@ def load_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in ("model", "config", "optimizers", "log")}
     except Exception as error:  # the unpickler raises anything
-        raise UserError(f"{path}: missing, damaged or not ours ({error!r:.60})")
+        raise UserError(f"{path}: missing, damaged, or not ours: {error!r:.60}")
 
 def load_energy(path):
-    """The trained energy of a checkpoint.pt: energy(x, seen=None) is (B,). It brings
-    its step size: restore(energy, x_tilde, energy.alpha)."""
+    """The trained energy of a checkpoint.pt: energy(x, seen=None) is (B,). It
+    brings its step size: restore(energy, x_tilde, energy.alpha)."""
     saved = load_checkpoint(path)
-    config = saved["config"]
-    energy = build_model(config["model"], config["image_size"], config["patch_size"])
+    config = argparse.Namespace(**saved["config"])
+    energy = build_model(config.model, config.image_size, config.patch_size)
     energy.load_state_dict(saved["model"])
-    energy.alpha = config["alpha"]
+    energy.alpha = config.alpha
     return energy.requires_grad_(False)
 
 def resume(args, model, optimizers):
-    """Load OUT's checkpoint, unless it is at step 0, and return its log."""
-    path = os.path.join(args.out, "checkpoint.pt")
-    saved = load_checkpoint(path) if os.path.exists(path) else {"log": []}
-    log = saved["log"]
-    if args.evaluate and not log:
-        raise UserError(f"{path} is not trained; first run without --evaluate")
-    if log:
-        fixed = ("model", "image_size", "patch_size")
-        for name in fixed if args.evaluate else sorted(set(vars(args)) - MAY_DIFFER):
+    """Load OUT's checkpoint, if there is one, and return its log."""
+    path, log = os.path.join(args.out, "checkpoint.pt"), []
+    if os.path.exists(path):
+        saved = load_checkpoint(path)
+        log = saved["log"]
+        for name in sorted(vars(args).keys() - MAY_DIFFER):
             old, new = saved["config"].get(name), getattr(args, name)
             if old != new:
                 raise UserError(f"{path} has {name} {old}, not {new}; "
@@ -629,9 +590,9 @@ def resume(args, model, optimizers):
             optimizer.load_state_dict(state)
         print0(f"{path}: step {log[-1]['step']}")
     if WORLD_SIZE > 1:
-        records = [None] * WORLD_SIZE
-        dist.all_gather_object(records, len(log))
-        if len(set(records)) > 1:
+        counts = [None] * WORLD_SIZE
+        dist.all_gather_object(counts, len(log))
+        if len(set(counts)) > 1:
             raise UserError("processes find different checkpoints; is --out shared?")
     return log
 
@@ -641,26 +602,27 @@ def save_checkpoint(args, model, optimizers, log):
                 for name, p in model.state_dict().items() if name != "head"}
     checkpoint = {"model": model.state_dict(), "config": vars(args), "log": log,
                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]}
-    write_file(args, "backbone.pt", lambda file: torch.save(backbone, file))
-    write_file(args, "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+    write_file(args, "backbone.pt", partial(torch.save, backbone))
+    write_file(args, "checkpoint.pt", partial(torch.save, checkpoint))
 
 # ==== 8. Evaluation ===================================================
 
 def psnr(y, x):
-    """Peak signal-to-noise ratio of y against x in dB; pixels have a range of 2."""
+    """Peak signal-to-noise ratio of y in dB; pixels have a range of 2."""
     return 10 * math.log10(4 / max((y - x).square().mean().item(), 1e-12))
 
 @torch.no_grad()
 def evaluate(pretrainer, x, tasks, options):
-    """Measure images x (B, 3, S, S): {task: metrics}, {task: (images, energies)}.
+    """Measure images x: {task: metrics}, {task: (images, energies)}.
 
-    psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task changes, before
-    and after k steps, and after a step from the clean image. order: share of images
-    whose energy is lower clean than corrupted; order_quarter: than corrupted by 1/4;
-    order_other (mim): than with another image's hidden patches. images: the first two
-    clean, corrupted and restored, (K+2, 2, 3, S, S).
+    psnr_corrupted, psnr_step_k, psnr_clean: of the pixels that the task
+    changes, before and after k steps, and after a step from the clean image.
+    order: share of images with a lower energy clean than corrupted;
+    order_quarter: than corrupted by 1/4; order_other (mim): than with another
+    image's hidden patches. images (K+2, 2, 3, S, S): two of x to x_K.
     """
-    metrics, pictures, K = {}, {}, pretrainer.num_steps
+    metrics, pictures = {}, {}
+    alpha, K = pretrainer.alpha, pretrainer.num_steps
     for task in tasks:
         generator = make_generator(x.device, "evaluate", task)
         x_tilde, seen = corrupt(x, task, generator, options)
@@ -671,13 +633,12 @@ def evaluate(pretrainer, x, tasks, options):
         for i in torch.arange(len(x)).split(32):
             energy = partial(pretrainer.model, seen=None if seen is None else seen[i])
             images = torch.stack([
-                x[i], x_tilde[i], *restore(energy, x_tilde[i], pretrainer.alpha, K),
-                *restore(energy, x[i], pretrainer.alpha),
+                x[i], x_tilde[i], *restore(energy, x_tilde[i], alpha, K),
+                *restore(energy, x[i], alpha),
                 x[i].lerp(x_tilde[i], 0.25), other[i]])
             parts.append((images, torch.stack([energy(y) for y in images])))
         images, energies = (torch.cat(part, 1) for part in zip(*parts))
         pictures[task] = images[:K + 2, :2].clone(), energies[:K + 2, :2]
-
         changed = (x_tilde - x).abs() > 1e-3
         if not changed.any():
             print(f"{task} changes nothing in these images")
@@ -692,17 +653,11 @@ def evaluate(pretrainer, x, tasks, options):
         metrics[task] = row
     return metrics, pictures
 
-def print_table(metrics):
-    print("\n" + " " * 20 + "".join(f"{task:>9}" for task in metrics))
-    for name in max(metrics.values(), key=len):
-        cells = [f"{row[name]:.2f}" if name in row else "" for row in metrics.values()]
-        print(f"{name:<20}" + "".join(f"{cell:>9}" for cell in cells))
-
 def draw_picture(pictures):
-    """Two images a task: clean, corrupted and restored, each above its energy."""
-    rows, energies = (torch.cat(parts, 1) for parts in zip(*pictures.values()))
-    count, side = rows.shape[1], max(64, rows.shape[4])  # (K+2, count, 3, S, S)
-    tiles = F.interpolate(rows.flatten(0, 1), size=(side, side), mode="bicubic")
+    """Two images a task: clean, corrupted, restored, each above its energy."""
+    images, energies = (torch.cat(part, 1) for part in zip(*pictures.values()))
+    count, side = images.shape[1], max(64, images.shape[4])
+    tiles = F.interpolate(images.flatten(0, 1), size=(side, side), mode="bicubic")
     tiles = tiles.clamp(-1, 1) / 2 + 0.5
     grid = torchvision.utils.make_grid(tiles, count, padding=16, pad_value=1)
     picture = v2.functional.to_pil_image(F.pad(grid, (76, 0, 0, 0), value=1))
@@ -711,12 +666,11 @@ def draw_picture(pictures):
     for i, task in enumerate(pictures):
         what = f"{task}: {CORRUPTIONS[task].__name__.replace('_', ' ')}"
         draw.text((92 + i * count // len(pictures) * pitch, 2), what, "black")
-    names = ["clean", "corrupted"] + ["- alpha dE/dx\n= restored"] * (len(rows) - 2)
-    for i, name in enumerate(names):
-        draw.text((4, i * pitch + side // 2), name, "black")
-        for j, energy in enumerate(energies[i].tolist()):
-            place = 92 + j * pitch, (i + 1) * pitch + 2
-            draw.text(place, f"E {energy:.1f}", "black")
+    names = ["clean", "corrupted"] + ["- alpha dE/dx\n= restored"] * len(images)
+    for i, row in enumerate(energies.tolist()):
+        draw.text((4, i * pitch + side // 2), names[i], "black")
+        for j, energy in enumerate(row):
+            draw.text((92 + j * pitch, (i + 1) * pitch + 2), f"E {energy:.1f}", "black")
     return picture
 
 # ==== 9. Pretraining ==================================================
@@ -730,9 +684,9 @@ def build_pretrainer(args, device):
     return Pretrainer(model, args.alpha, args.restore_steps).to(device)
 
 def wrap(args, pretrainer):
-    """The module whose call is a step's loss, compiled and distributed as asked."""
+    """The module whose call is a step's loss, as flags and launcher ask."""
     if args.compile:
-        # At most two graphs: as tasks rotate, groups have one image more or less.
+        # At most two graphs: as tasks rotate, groups vary by one image.
         # DistributedDataParallel's graph splits would cut the inner gradient.
         torch._dynamo.reset()
         torch._dynamo.config.optimize_ddp = False
@@ -742,16 +696,12 @@ def wrap(args, pretrainer):
     return nn.parallel.DistributedDataParallel(pretrainer)
 
 def train(args, pretrainer, files, device):
-    """Take the steps that OUT's checkpoint has not taken; none with --evaluate."""
+    """Take the steps that OUT's checkpoint lacks."""
     if args.epochs:
         args.max_steps = math.ceil(args.epochs * len(files) / args.batch_size)
     model, tasks = pretrainer.model, args.task.split(",")
     optimizers = build_optimizers(pretrainer)
     log = resume(args, model, optimizers)
-    if args.evaluate:
-        return
-    if not log and RANK == 0:
-        save_checkpoint(args, model, optimizers, log)  # fails early, if at all
     module = wrap(args, pretrainer)
     last, start, losses = log[-1]["step"] if log else 0, time.time(), []
     batches = image_batches(args, files, device, args.batch_size,
@@ -766,7 +716,7 @@ def train(args, pretrainer, files, device):
         with autocast(device):
             loss = module(groups)  # Eq. (3)
 
-        # back through dE/dx (norms above 100 occur in convolutional networks)
+        # back through dE/dx (convolutional networks have norms above 100)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = update_parameters(args, optimizers, step)
@@ -789,16 +739,17 @@ def train(args, pretrainer, files, device):
             save_checkpoint(args, model, optimizers, log)
 
 def measure(args, pretrainer, files, device):
-    """Write and return {task: metrics} of held-out images, and draw a picture."""
+    """Write metrics and a picture of held-out images (random crops, too)."""
     count = min(args.eval_images, len(files)) if files else args.eval_images
     print0(f"evaluating on {count} images")
     x = next(image_batches(args, files, device, count, [0], "held out"))
     with autocast(device):
         metrics, pictures = evaluate(pretrainer, x, args.task.split(","), vars(args))
-    print_table(metrics)
+    for task, row in metrics.items():
+        print(f"{task:<8}", *(f"{name} {row[name]:<7.4g}" for name in row))
     text, picture = json.dumps(metrics, indent=1), draw_picture(pictures)
     write_file(args, "metrics.json", lambda file: file.write(text.encode()))
-    write_file(args, "restorations.png", lambda file: picture.save(file, "png"))
+    write_file(args, "restorations.png", partial(picture.save, format="png"))
     return metrics
 
 # ==== 10. Command line ================================================
@@ -807,23 +758,23 @@ def number(kind, low, high=2**32):
     """Keywords of add_argument for a number in [low, high)."""
     def number(text):
         if not low <= kind(text) < high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high})")
+            raise argparse.ArgumentTypeError(f"{text}: not in [{low}, {high})")
         return kind(text)
     return {"type": number}
 
 SWITCH, TEXT = {"action": argparse.BooleanOptionalAction}, {"type": os.path.expanduser}
-DEVICE, COUNT, NATURAL = {"choices": ("cpu", "cuda")}, number(int, 1), number(int, 0)
+NATURAL, COUNT, ABOVE_1 = (number(int, low) for low in (0, 1, 2))
 SHARE, POSITIVE = number(float, 0, 1), number(float, 1e-9)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 FLAGS = {  # group: (name, what it takes, default, meaning)
     "run": [
-        ("task", TEXT, "all", f"{', '.join(TASKS)}, several with commas, or all"),
+        ("task", TEXT, "all", f"{', '.join(TASKS)}, some with commas, or all"),
         ("out", TEXT, None, "folder for results; None: runs/TASK"),
-        ("evaluate", SWITCH, False, "do not train; table and picture of --out"),
-        ("device", DEVICE, "cuda" if torch.cuda.is_available() else "cpu", "device"),
-        ("seed", NATURAL, 0, "of everything but the corruptions of the evaluation"),
+        ("device", {"choices": ["cpu", "cuda"]}, DEVICE, "device"),
+        ("seed", NATURAL, 0, "the evaluation's corruptions ignore it"),
         ("max_steps", COUNT, 1500, "optimiser steps"),
-        ("epochs", POSITIVE, None, "passes over --data, instead of --max-steps"),
+        ("epochs", POSITIVE, None, "passes over --data, not --max-steps"),
         ("save_every", COUNT, 100, "steps between checkpoints"),
         ("eval_images", COUNT, 256, "held-out images to measure on"),
         ("compile", SWITCH, False, "torch.compile the loss")],
@@ -831,26 +782,25 @@ FLAGS = {  # group: (name, what it takes, default, meaning)
         ("data", TEXT, "procedural", "folder, image file, or procedural"),
         ("image_size", COUNT, 32, "side in pixels"),
         ("augment", SWITCH, True, "random crops and flips"),
-        ("workers", NATURAL, min(8, os.cpu_count()), "decoders of each process"),
+        ("workers", NATURAL, min(8, os.cpu_count()), "decoders of a process"),
         ("batch_size", COUNT, 32, "images a step, over all processes")],
     "network": [
-        ("model", TEXT, "nano", f"{', '.join(VIT_SIZES)}, or torchvision's name"),
-        ("patch_size", COUNT, None, "None: 4 below 128 pixels, else 16"),
+        ("model", TEXT, "nano", f"{', '.join(VIT_SIZES)}, or torchvision's"),
+        ("patch_size", ABOVE_1, None, "None: 4 below 128 pixels, else 16"),
         ("restore_steps", COUNT, 1, "K, steps down the energy"),
         ("alpha", POSITIVE, 1.0, "size of these steps")],
     "corruption": [
-        ("partial_share", SHARE, 0.1, "share of images corrupted only in part"),
+        ("partial_share", SHARE, 0.1, "share of images corrupted in part"),
         ("mask_ratio", SHARE, 0.6, "mim: share of hidden patches"),
-        ("sort_grid", COUNT, None, "sort: pieces a side; None: 7 if it fits, else 4"),
-        ("sr_factor", COUNT, 4, "sr: how many times smaller"),
+        ("sort_grid", ABOVE_1, 4, "sort: pieces a side"),
+        ("sr_factor", ABOVE_1, 4, "sr: how many times smaller"),
         ("noise_std", POSITIVE, 0.5, "denoise: pixels lie in [-1, 1]")],
-    "optimiser": [
-        ("lr", POSITIVE, 8.5e-3, "peak learning rate")],
-}
+    "optimiser": [("lr", POSITIVE, 8.5e-3, "peak learning rate")]}
 ON_GPUS = {"model": "small", "image_size": 224, "batch_size": 128 * WORLD_SIZE,
            "max_steps": 2000, "lr": 1.5e-3, "compile": True}
 
-def build_parser():
+def parse_args(argv=None):
+    """Flags as given, else the device's defaults. UserError if they do not fit."""
     title, *_, commands, _ = __doc__.split("\n\n")
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -860,55 +810,41 @@ def build_parser():
         for name, takes, default, meaning in flags:
             group.add_argument("--" + name.replace("_", "-"), default=default,
                                help=f"{meaning} (default: {default})", **takes)
-    return parser
-
-def parse_args(argv=None):
-    """Flags as given; else, with --evaluate, as in the checkpoint; else defaults."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    out = args.out or f"runs/{args.task}"
-    if args.device == "cuda":
+    if parser.parse_args(argv).device == "cuda":
         parser.set_defaults(**ON_GPUS)
-    if args.evaluate:
-        config = load_checkpoint(os.path.join(out, "checkpoint.pt"))["config"]
-        parser.set_defaults(**config | {"device": args.device, "epochs": None})
     args = parser.parse_args(argv)
-
-    args.out = out
+    args.out = args.out or f"runs/{args.task}"
     args.task = ",".join(TASKS) if args.task == "all" else args.task
     args.patch_size = args.patch_size or (4 if args.image_size < 128 else 16)
-    args.sort_grid = args.sort_grid or (4 if args.image_size % 7 else 7)
     check_args(args)
     return args
 
 def check_args(args):
-    """UserError for flags that do not fit together."""
-    def check(name, holds, expected):
+    tasks, S = args.task.split(","), args.image_size
+    N, must_divide = (S // args.patch_size)**2, "must divide --image-size"
+    patches = args.model in VIT_SIZES or "mim" in tasks
+    for name, holds, expected in [
+            ("task", sorted(tasks) == sorted(set(tasks) & set(TASKS)),
+             f"choose from {', '.join(TASKS)}, each once, or all"),
+            ("patch_size", not patches or S % args.patch_size == 0, must_divide),
+            ("sort_grid", "sort" not in tasks or S % args.sort_grid == 0, must_divide),
+            ("sr_factor", "sr" not in tasks or S % args.sr_factor == 0, must_divide),
+            ("mask_ratio", "mim" not in tasks or 0 < round(args.mask_ratio * N) < N,
+             "hides no patch or all"),
+            ("epochs", not args.epochs or args.data != "procedural", "needs --data"),
+            ("batch_size", args.batch_size % WORLD_SIZE == 0,
+             f"must be a multiple of the {WORLD_SIZE} processes")]:
         if not holds:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {getattr(args, name)}: {expected}")
 
-    tasks = args.task.split(",")
-    known = len(set(tasks) & set(TASKS)) == len(tasks)
-    check("task", known, f"choose from {', '.join(TASKS)}, each once, or all")
-    patches = args.model in VIT_SIZES or "mim" in tasks
-    for name, used in (("patch_size", patches), ("sort_grid", "sort" in tasks),
-                       ("sr_factor", "sr" in tasks)):
-        fits = getattr(args, name) > 1 and args.image_size % getattr(args, name) == 0
-        check(name, fits or not used, "must be above 1 and divide --image-size")
-    num_patches = (args.image_size // args.patch_size)**2
-    fits = 0 < round(args.mask_ratio * num_patches) < num_patches
-    check("mask_ratio", fits or "mim" not in tasks, "hides no patch or all")
-    check("epochs", args.data != "procedural" or not args.epochs, "needs --data")
-    check("batch_size", args.batch_size % WORLD_SIZE == 0 or args.evaluate,
-          f"must be a multiple of the {WORLD_SIZE} processes")
-
 def main(argv=None):
-    """Return {task: metrics}, on the first process. UserError: one line, status 2."""
+    """Return {task: metrics}, on the first process. UserError: status 2."""
     try:
         args = parse_args(argv)
         device = choose_device(args.device)
-        join_processes(device)
+        if WORLD_SIZE > 1:
+            join_processes(device)
         files, held_out, args.files = open_data(args)
         pretrainer = build_pretrainer(args, device)
         train(args, pretrainer, files, device)
@@ -916,8 +852,8 @@ def main(argv=None):
             dist.destroy_process_group()
         return measure(args, pretrainer, held_out, device) if RANK == 0 else {}
     except UserError as error:
-        message = str(error).split("UserError: ")[-1]  # without a decoder's traceback
-        sys.stderr.write(f"energy_pretrain.py: error: {' '.join(message.split())}\n")
+        line = str(error).split("UserError: ")[-1]  # no decoder's traceback
+        sys.stderr.write(f"energy_pretrain.py: error: {' '.join(line.split())}\n")
         sys.exit(2)
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
 `pytest -q` runs them on a CPU, without a network. The commands behind the README's
 comparisons come last; they take energy_pretrain.py's flags.
-    python test_energy_pretrain.py mae, or simmim    pretrain in the usual ways
-    python test_energy_pretrain.py probe CHECKPOINT  linear probe of its features
+    python test_energy_pretrain.py mae, or simmim       pretrain in the usual ways
+    python test_energy_pretrain.py probe CHECKPOINT     linear probe of its features
     python test_energy_pretrain.py finetune CHECKPOINT  fine-tuned on 2,000 labels
+    python test_energy_pretrain.py cost                 time of a step of each method
 The first folder below --data, or below its train/ and val/, is an image's class.
 "nothing" in place of CHECKPOINT is an untrained network.
 """
@@ -12,9 +13,10 @@ import argparse
 import json
 import math
 import os
-import runpy
+import statistics
 import subprocess
 import sys
+import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -24,11 +26,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from hypothesis import given, settings, strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 import energy_pretrain as ep
 
@@ -55,9 +55,9 @@ def tiny_vit(seed=0, depth=2):
 
 OPTIONS = vars(ep.parse_args(["--device", "cpu"]))  # mim hides 10 of 16 patches
 
-def visible(seed, batch=3, ratio=0.6):
+def visible(seed, batch=3, ratio=0.6, size=16):
     generator = torch.Generator().manual_seed(seed)
-    return ep.draw_visible(torch.empty(batch, 3, 16, 16), generator, ratio, 4)
+    return ep.draw_visible(torch.empty(batch, 3, size, size), generator, ratio, 4)
 
 def corrupt(x, task, seed, **options):
     """(x_tilde, seen)"""
@@ -118,17 +118,11 @@ def test_a_small_step_lowers_the_energy(seed, task):
     with torch.no_grad():
         assert (energy(x_hat) < energy(x_tilde)).all()
 
-@pytest.mark.parametrize("shape", [(3, 1), (1,), ()])
-def test_restore_refuses_energies_that_would_broadcast(shape):
-    with pytest.raises(ValueError, match="energies"):
-        ep.restore(lambda x: x.sum() * torch.ones(shape), images(0), 1.0)
-
 def test_the_loss_counts_errors_relative_to_how_far_images_were_moved():
     x = images(0, 4)
     far = torch.tensor([0.5, 0.25, 0.1, 0.01]).view(4, 1, 1, 1)  # the last: clamped
     x_hat = torch.stack([x + 0.1, x + 1.5])  # K = 2; the second is linear
-    moved = torch.tensor([0.5, 0.25, 0.1, 0.05])
-    expected = (0.1**2 / 2 + 1.0) / moved / 2
+    expected = (0.1**2 / 2 + 1.0) / torch.tensor([0.5, 0.25, 0.1, 0.05]) / 2
     assert_close(ep.restoration_loss(x_hat, x, x + far), expected)
 
 # ==== 2. Corruptions =============================================================
@@ -168,10 +162,9 @@ def test_each_place_is_hidden_and_filled_equally_often(task, expected):
 
 @given(seeds, st.sampled_from([2, 4]))
 def test_lower_resolution_averages_and_enlarges(seed, factor):
-    x = images(seed)
-    small = F.avg_pool2d(x, factor)
+    small = F.avg_pool2d(images(seed), factor)
     again = F.interpolate(small, scale_factor=factor, mode="bilinear")
-    assert_close(corrupt(x, "sr", 0, sr_factor=factor)[0], again)
+    assert_close(corrupt(images(seed), "sr", 0, sr_factor=factor)[0], again)
 
 def test_noise_has_its_deviation_and_grey_is_that_of_bt_601():
     x = torch.eye(3).view(3, 3, 1, 1).expand(3, 3, 64, 64)  # red, green, blue images
@@ -185,27 +178,26 @@ def test_tasks_share_a_batch_in_rotation(seed, shift, batch, count):
     chosen, x = ep.TASKS[:count], images(seed, batch)
     groups = ep.corrupt_batch(x, chosen, ep.make_generator("cpu", seed),
                               OPTIONS | {"partial_share": 0}, shift)
-    first = [ep.TASKS[(shift + i) % count] for i in range(count)]
-    number = [batch // count + (i < batch % count) for i in range(count)]
-    masked = number[first.index("mim")]
-    assert [len(y) for y, _, _ in groups] == [n for n in (masked, batch - masked) if n]
-    assert [seen is None for *_, seen in groups] == [False] * (masked > 0) + [True] * (
-        masked < batch)
+    order = [ep.TASKS[(shift + i) % count] for i in range(count)]
+    number = {t: batch // count + (i < batch % count) for i, t in enumerate(order)}
+    expected = number["mim"], batch - number["mim"]
+    assert [len(y) for y, _, _ in groups] == [n for n in expected if n]
     clean = torch.cat([y for y, _, _ in groups])
     assert all((clean == image).flatten(1).all(1).sum() == 1 for image in x)
     for y, x_tilde, seen in groups:
+        assert (seen is not None) == (number["mim"] > 0 and y is groups[0][0])
         if seen is not None:
             assert_close(x_tilde, y.masked_fill(ep.hidden_pixels(y, seen, 4), 0))
         for task in {"sr", "color"} & set(chosen) if seen is None else ():
             again = (x_tilde - corrupt(y, task, 0)[0]).abs().flatten(1).amax(1) < 1e-5
-            assert again.sum() == number[first.index(task)], task
+            assert again.sum() == number[task], task
 
 @pytest.mark.parametrize("task", ["mim", "color"])
 def test_a_share_of_the_images_is_corrupted_in_part_mostly_lightly(task):
     """Strengths are squares of uniform numbers; visible patches stay as they are."""
-    x, options = images(0, 1000, 8), OPTIONS | {"partial_share": 0.4}
     (x, x_tilde, seen), = ep.corrupt_batch(
-        x, [task], ep.make_generator("cpu", 0), options, 0)
+        images(0, 1000, 8), [task], ep.make_generator("cpu", 0),
+        OPTIONS | {"partial_share": 0.4}, 0)
     way = corrupt(x, "color", 0)[0] - x
     if task == "mim":
         way = -x * ep.hidden_pixels(x, seen, 4)
@@ -221,8 +213,7 @@ def test_the_energy_is_a_weighted_distance_of_patches_from_what_the_network_expe
     model, x, seen = tiny_vit(), images(0), visible(0)
     p = model.embed(x)
     z = model.norm(model.blocks(model.add_positions(p)))[:, 1:]
-    distance = (model.head * (p - z)**2).mean(2)  # (B, N)
-    assert_close(model(x), 48 * distance.sum(1))
+    assert_close(model(x), 48 * (model.head * (p - z)**2).mean(2).sum(1))
     assert_close(model.represent(x), z.mean(1))
 
     def given_few(i):  # one image, with no gather: patches leave by boolean masks
@@ -255,15 +246,13 @@ def test_visible_patches_stay_fixed_in_any_order_and_never_see_hidden_ones(
 @settings(max_examples=8)
 def test_a_batch_equals_its_images_one_by_one(seed, masked):
     """Each sees patches of its own, the same in both steps."""
-    model, x = tiny_vit(), images(seed, 4)
-    seen = visible(seed, 4) if masked else None
-    one = [seen[i:i + 1] if masked else None for i in range(4)]
-    assert_close(model(x, seen), torch.cat([
-        model(x[i:i + 1], one[i]) for i in range(4)]), rtol=1e-4, atol=1e-3)
-    alone = [ep.restore(partial(model, seen=one[i]), x[i:i + 1], 0.01, 2)
-             for i in range(4)]
-    together = ep.restore(partial(model, seen=seen), x, 0.01, 2)
-    assert_close(together, torch.cat(alone, 1), rtol=1e-3, atol=1e-4)
+    model, x, seen = tiny_vit(), images(seed, 4), visible(seed, 4)
+    one = [partial(model, seen=seen[i:i + 1] if masked else None) for i in range(4)]
+    together = partial(model, seen=seen if masked else None)
+    alone = torch.cat([one[i](x[i:i + 1]) for i in range(4)])
+    assert_close(together(x), alone, rtol=1e-4, atol=1e-3)
+    alone = torch.cat([ep.restore(one[i], x[i:i + 1], 0.01, 2) for i in range(4)], 1)
+    assert_close(ep.restore(together, x, 0.01, 2), alone, rtol=1e-3, atol=1e-4)
 
 def test_a_constant_between_the_groups_changes_no_gradient():
     """So E given some patches cannot be compared with E given others."""
@@ -288,7 +277,7 @@ def test_energies_stay_float32_under_autocast():
 def test_near_patches_have_similar_positions():
     torch.manual_seed(0)
     waves = ep.random_waves(6, 20000)[0]
-    similarity = waves @ waves.T / 20000 / 0.36
+    similarity = waves @ waves.T / 20000 / 0.36  # 0.36: their mean square
     steps = torch.cartesian_prod(torch.arange(6.0), torch.arange(6.0))
     expected = (-(0.7 * torch.cdist(steps, steps))**2 / 2).exp()
     assert (similarity - expected).abs().max() < 0.04
@@ -309,19 +298,16 @@ def test_features_equal_those_of_torchvisions_vit_with_the_same_weights():
     other(x)
     assert_close(model.represent(x), tokens[0][:, 1:].mean(1))
 
-@pytest.mark.parametrize("name, masked", [
-    ("nano", False), ("nano", True), ("resnet18", False), ("resnet18", True)])
-def test_all_parameters_train_and_the_first_step_moves_nothing(name, masked):
+@pytest.mark.parametrize("name", ["nano", "resnet18"])
+@pytest.mark.parametrize("seen", [None, visible(0, 2, size=32)])
+def test_all_parameters_train_and_the_first_step_moves_nothing(name, seen):
     torch.manual_seed(0)
     pretrainer = ep.Pretrainer(ep.build_model(name, 32, 4), 1e-3)
     assert not pretrainer.model.head.any()
     optimizer = torch.optim.SGD(pretrainer.parameters(), lr=1e-2)
-    x, x_tilde, seen = images(1, 2, 32), images(2, 2, 32), None
-    if masked:
-        seen = ep.draw_visible(x, torch.Generator().manual_seed(0), 0.6, 4)
     for _ in range(2):  # the first only moves the head away from zero
         optimizer.zero_grad()
-        pretrainer([(x, x_tilde, seen)]).backward()
+        pretrainer([(images(1, 2, 32), images(2, 2, 32), seen)]).backward()
         optimizer.step()
     for key, p in pretrainer.named_parameters():
         linear = name == "resnet18" and p.ndim == 1  # dE/dx ignores biases before ReLUs
@@ -333,39 +319,15 @@ def test_torchvisions_networks_are_energies_and_unfit_ones_are_refused():
         torch.manual_seed(0)
         model, x = ep.build_model(name, 32, 4), images(0, 2, 32)
         torch.nn.init.normal_(model.head)
-        seen = ep.draw_visible(x, torch.Generator().manual_seed(0), 0.6, 4)
-        hidden = ep.hidden_pixels(x, seen, 4).expand_as(x)
+        seen = visible(0, 2, size=32)
         x_hat = ep.restore(partial(model, seen=seen), x, 1e-4)[0]
+        hidden = ep.hidden_pixels(x, seen, 4).expand_as(x)
         assert ((x_hat != x) <= hidden).all() and (x_hat != x).any()
         assert_close(model(x)[:1], model(x[:1]), rtol=1e-4, atol=0.5)
         assert_close(model(x), 3 * 32**2 * model.represent(x) @ model.head)
-    for name in ("mobilenet_v3_small", "squeezenet1_0", "vit_b_16"):
-        with pytest.raises(ep.UserError, match=f"--model {name} cannot"):
+    for name in ("mobilenet_v3_small", "squeezenet1_0", "vit_b_16", "resnet19"):
+        with pytest.raises(ep.UserError, match=f"--model {name} cannot.*nano, mini"):
             ep.build_model(name, 32, 4)
-
-class Counter(TorchDispatchMode):
-    """Counts multiplications; FlopCounterMode cannot look into torch.func.grad."""
-    total = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, packet = func(*args, **kwargs or {}), func._overloadpacket
-        if packet in flop_registry:
-            self.total += flop_registry[packet](*args, **kwargs or {}, out_val=out)
-        return out
-
-def test_a_mim_step_costs_at_most_0_7_supervised_ones_and_a_whole_one_2_3():
-    """ViT-S/16, 224 px, default ratio; "meta" tensors have shapes but no values."""
-    with torch.device("meta"):
-        model, x = ep.build_model("small", 224, 16), torch.empty(8, 3, 224, 224)
-        seen = torch.empty(8, 78, dtype=torch.long)
-    pretrainer, flops = ep.Pretrainer(model, 1.0), []
-    for loss in (lambda: model.represent(x).sum(), lambda: pretrainer([(x, x, None)]),
-                 lambda: pretrainer([(x, x, seen)])):
-        with Counter() as counter:
-            loss().backward()
-        flops.append(counter.total)
-    supervised, whole, mim = flops
-    assert 2 < whole / supervised < 2.3 and 0.3 < mim / supervised <= 0.7, flops
 
 # ==== 4. Processes and randomness ================================================
 
@@ -375,36 +337,6 @@ def test_a_generator_follows_from_its_key(key):
                            for k in (key, key, [*key, 1]))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert ep.seed_from("crop", 0, 17) == 2794066429  # in every version of Python
-
-@pytest.mark.parametrize("launched", [True, False])
-def test_only_a_launchers_environment_makes_several_processes(monkeypatch, launched):
-    """A stale RANK=1 would print and save nothing."""
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    for name, value in {"RANK": "1", "LOCAL_RANK": "2", "WORLD_SIZE": "4"}.items():
-        if launched or name != "LOCAL_RANK":
-            monkeypatch.setenv(name, value)
-    module = runpy.run_path(SCRIPT)
-    found = module["RANK"], module["LOCAL_RANK"], module["WORLD_SIZE"]
-    assert found == ((1, 2, 4) if launched else (0, 0, 1))
-
-def test_a_process_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(ep, "LOCAL_RANK", 2)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert ep.choose_device("cuda") == torch.device("cuda", 2) and chosen == [2]
-    torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ep.UserError, match="no device 2"):
-        ep.choose_device("cuda")
-
-@pytest.fixture
-def own_group():
-    """A process group of one process."""
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 # ==== 5. Data ====================================================================
 
@@ -416,18 +348,16 @@ def test_landscapes_are_those_behind_the_readmes_figures():
     assert torch.stack(found).tolist() == pytest.approx(expected, abs=2e-5)
 
 def test_every_use_step_and_process_has_its_own_landscapes():
-    batches, steps = [], range(5, 7)
-    for use in ("train", "held out"):
-        for rank in (0, 1):
-            batches += ep.image_batches(parse(), None, CPU, 4, steps, use, rank, 2)
-    assert all(x.shape == (2, 3, 16, 16) and x.abs().max() <= 1 for x in batches)
-    assert len({x.sum().item() for x in batches}) == 8
+    x = [ep.image_batches(parse(), None, CPU, 4, range(5, 7), use, rank, 2)
+         for use in ("train", "held out") for rank in (0, 1)]
+    x = torch.stack([batch for batches in x for batch in batches])
+    assert x.shape == (8, 2, 3, 16, 16) and x.abs().max() <= 1
+    assert len(x.flatten(1).sum(1).unique()) == 8
 
 def peoples_images(folder):
     """One file of each kind that people have; the readable ones are red."""
     red = Image.new("RGB", (40, 30), (200, 40, 40))
-    for name in ("@alice", "deep/er", ".hidden", "@eaDir", "#recycle", "@Recycle",
-                 "$RECYCLE.BIN"):
+    for name in ("@alice", "deep/er", ".hidden", *(ep.NO_DATA - {"restorations.png"})):
         (folder / name).mkdir(parents=True)
         red.save(folder / name / "image.png")
     red.save(folder / "photo.JPG", "JPEG")
@@ -435,13 +365,10 @@ def peoples_images(folder):
     red.convert("CMYK").save(folder / "press.jpg")
     red.convert("P").save(folder / "palette.png")
     red.convert("RGBA").save(folder / "alpha.png")
-    red.resize((1, 1)).save(folder / "dot.png")
     red.resize((2, 900)).save(folder / "thin.png")
     red.save(folder / "restorations.png")
     (folder / "notes.txt").write_text("not an image")
-    (folder / "link").symlink_to(folder / "deep", target_is_directory=True)
     (folder / "deep" / "up").symlink_to(folder, target_is_directory=True)
-    (folder / "same.png").symlink_to(folder / "palette.png")
     os.mkfifo(folder / "pipe.jpg")
 
 def class_folders(folder):
@@ -455,27 +382,14 @@ def test_a_folders_images_are_found_each_once_whatever_else_is_there(tmp_path, c
     peoples_images(tmp_path)
     files = ep.find_images(str(tmp_path))
     assert [os.path.relpath(file, tmp_path) for file in files] == [
-        "alpha.png", "dot.png", "palette.png", "photo.JPG", "press.jpg", "thin.png",
-        "web.webp", "@alice/image.png", "deep/er/image.png"]
-    assert f"{tmp_path}: 9 images (.jpg .jpeg .png" in capsys.readouterr().out
+        "alpha.png", "palette.png", "photo.JPG", "press.jpg", "thin.png", "web.webp",
+        "@alice/image.png", "deep/er/image.png"]
+    assert f"{tmp_path}: 8 images" in capsys.readouterr().out
     assert ep.find_images(files[3]) == [files[3]]
-    crops = ep.Crops(files, 16, False)
-    for index, file in enumerate(files):
-        error = crops.load(index)[:, 8, 8] - torch.tensor([200.0, 40.0, 40.0])
-        assert crops.load(index).shape == (3, 16, 16) and error.abs().max() < 12, file
-
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, capsys, monkeypatch):
-    class_folders(tmp_path)
-    scandir = os.scandir
-
-    def fails(path):
-        if path.endswith("kind1"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", fails)
-    assert len(ep.find_images(str(tmp_path))) == 20
-    assert f"Permission denied: '{tmp_path}/kind1'" in capsys.readouterr().err
+    for file in files:
+        x = ep.Crops(files, 16, False).load(file)
+        error = x[:, 8, 8] - torch.tensor([200.0, 40.0, 40.0])
+        assert x.shape == (3, 16, 16) and error.abs().max() < 12, file
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_drawings_get_a_white_background(tmp_path, mode):
@@ -483,20 +397,16 @@ def test_transparent_drawings_get_a_white_background(tmp_path, mode):
     drawing = Image.new("RGBA", (20, 20))
     drawing.paste((0, 0, 0, 255), (0, 0, 10, 20))
     drawing.convert(mode).save(tmp_path / "drawing.png")
-    pixels = ep.Crops([str(tmp_path / "drawing.png")], 20, False).load(0)
+    pixels = ep.Crops([], 20, False).load(tmp_path / "drawing.png")
     assert (pixels[:, :, :10] == 0).all() and (pixels[:, :, 10:] == 255).all()
 
-def test_photographs_are_turned_upright_and_large_jpegs_decoded_small(tmp_path):
-    image, exif, path = Image.new("RGB", (400, 200)), Image.Exif(), tmp_path / "a.jpg"
+def test_photographs_are_turned_upright(tmp_path):
+    image, exif = Image.new("RGB", (400, 200)), Image.Exif()
     image.paste((255, 255, 255), (0, 0, 200, 200))  # its left half is white
     exif[274] = 6  # the camera was held on its side
-    image.save(path, exif=exif)
-    crops = ep.Crops([str(path)], 16, False)
-    assert crops.load(0)[:, 0].min() > 240 and crops.load(0)[:, -1].max() < 15
-    loaded = []
-    crops.crop = lambda image: loaded.append(image.size)
-    crops.load(0)
-    assert max(loaded[0]) < 200
+    image.save(tmp_path / "a.jpg", exif=exif)
+    x = ep.Crops([], 16, False).load(tmp_path / "a.jpg")
+    assert x[:, 0].min() > 240 and x[:, -1].max() < 15
 
 def png_of_16_bits(path, mode):
     """Pillow cannot write one: say so in the header of one of 8 bits, twice as wide."""
@@ -522,16 +432,13 @@ def test_in_place_of_an_unusable_file_training_takes_others_at_random(
     drawn = [crops[0, seed][0, 0, 0].item() // 40 for seed in range(60)]
     assert all(drawn.count(i) > 2 for i in range(1, 6)) and 0 not in drawn
     assert f"left out {paths[0]}" in capsys.readouterr().err
-    with pytest.raises(Exception, match="bits|identify|truncated|broken"):
-        crops.load(0)
     with pytest.raises(ep.UserError, match="no usable image in 100 draws.*0.png"):
         ep.Crops(paths[:1], 16, False)[0, 0]
 
 def test_crops_follow_from_their_seed_or_are_centred(tmp_path):
-    noise = Image.effect_noise((64, 96), 80).convert("RGB")
-    noise.save(tmp_path / "noise.png")
-    crops, centred = (ep.Crops([str(tmp_path / "noise.png")], 16, augment)
-                      for augment in (True, False))
+    noise, path = Image.effect_noise((64, 96), 80).convert("RGB"), tmp_path / "a.png"
+    noise.save(path)
+    crops, centred = ep.Crops([path], 16, True), ep.Crops([path], 16, False)
     state = torch.get_rng_state()
     assert torch.equal(crops[0, 5], crops[0, 5])
     assert not torch.equal(crops[0, 5], crops[0, 6])
@@ -539,8 +446,8 @@ def test_crops_follow_from_their_seed_or_are_centred(tmp_path):
     small = noise.resize((16, 24), Image.Resampling.BILINEAR).crop((0, 4, 16, 20))
     expected = torchvision.transforms.v2.functional.pil_to_tensor(small)
     assert torch.equal(centred[0, 5], expected)
-    Image.linear_gradient("L").rotate(90).save(tmp_path / "ramp.png")
-    ramps = ep.Crops([str(tmp_path / "ramp.png")], 16, True)
+    Image.linear_gradient("L").rotate(90).save(path)
+    ramps = ep.Crops([path], 16, True)
     rising = [bool(ramps[0, s][0, 8, 0] < ramps[0, s][0, 8, 15]) for s in range(40)]
     assert 10 < sum(rising) < 30, "flips are not half"
 
@@ -563,10 +470,11 @@ def test_held_out_images_are_every_tenth_or_those_in_val(tmp_path):
     class_folders(tmp_path / "train")
     train, held_out, _ = ep.open_data(parse("--data", tmp_path / "train"))
     assert len(train) == 36 and len(held_out) == 4 and not set(train) & set(held_out)
-    (tmp_path / "val").mkdir()
-    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "a.png")
-    train, held_out, _ = ep.open_data(parse("--data", tmp_path))
-    assert len(train) == 40 and held_out == [str(tmp_path / "val" / "a.png")]
+    for part in ("test", "val"):
+        (tmp_path / part).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / part / "a.png")
+        train, held_out, _ = ep.open_data(parse("--data", tmp_path))
+        assert len(train) == 40 and held_out == [str(tmp_path / part / "a.png")]
 
 def test_pixels_lie_between_minus_one_and_one_and_a_single_image_is_uncropped(tmp_path):
     image, path = Image.new("RGB", (16, 16), "white"), str(tmp_path / "half.png")
@@ -603,8 +511,8 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero(steps):
     after = rates[max(0, warmup - 1):]
     assert after == sorted(after, reverse=True) and 0.04 < after[0] <= 0.1
 
-def test_on_a_cpu_muon_does_not_compute_in_bfloat16():
-    """It would be emulated. The matrix moves by 0.2 sqrt(6) times an orthogonal one."""
+def test_muon_computes_in_float32():
+    """The matrix moves by 0.2 sqrt(6) times a nearly orthogonal one."""
     weight = torch.nn.Parameter(torch.zeros(6, 6))
     module = torch.nn.ModuleDict({"mlp": torch.nn.ParameterDict({"weight": weight})})
     optimizers = ep.build_optimizers(module)
@@ -635,44 +543,27 @@ def test_a_file_is_replaced_completely_or_not_at_all(tmp_path, monkeypatch):
         file.write(b"ne")
         raise OSError("no space left")
 
-    with pytest.raises(ep.UserError, match="new/a: cannot be written.* space left"):
+    with pytest.raises(ep.UserError, match="new/a: cannot write .no space left"):
         ep.write_file(args, "a", breaks)
     assert (tmp_path / "new" / "a").read_bytes() == b"old" and not synced
-
-def test_an_unwritable_out_is_reported_before_the_first_step(
-        tmp_path, capsys, monkeypatch):
-    monkeypatch.delattr(ep, "corrupt_batch")
-    (tmp_path / "file").write_text("kept")
-    said = one_line(capsys, "--out", tmp_path / "file")
-    assert f"{tmp_path}/file/backbone.pt: cannot be written" in said
-    assert (tmp_path / "file").read_text() == "kept"
-
-def test_a_run_without_steps_fixes_no_flag_and_cannot_be_evaluated(
-        tmp_path, capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.delattr(ep, "corrupt_batch")  # as if memory were too small
-        with pytest.raises(NameError):
-            run("--task", "sr", "--out", tmp_path)
-    assert "is not trained" in one_line(capsys, "--evaluate", "--out", tmp_path)
-    assert run("--task", "sr", "--out", tmp_path, "--batch-size", 2)
 
 @pytest.mark.parametrize("data", ["procedural", "images"])
 def test_resuming_equals_never_having_stopped_bit_for_bit(
         tmp_path, data, monkeypatch, capsys):
     peoples_images(tmp_path / "images")
     monkeypatch.chdir(tmp_path)
-    base, save = ("--task", "mim,denoise", "--save-every", 2, "--data", data), []
+    base = "--task", "mim,denoise", "--save-every", 2, "--data", data
     whole = run(*base, "--out", "whole")
 
     def save_and_stop(*inputs):
-        save.append(original(*inputs))
-        if len(save) == 2:  # the first is before the first step
-            raise KeyboardInterrupt
+        save(*inputs)
+        raise KeyboardInterrupt
 
-    original = ep.save_checkpoint
-    monkeypatch.setattr(ep, "save_checkpoint", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(*base, "--out", "parts")
+    with monkeypatch.context() as patch:
+        save = ep.save_checkpoint
+        patch.setattr(ep, "save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(*base, "--out", "parts")
     assert run(*base, "--out", "parts") == whole
     assert "parts/checkpoint.pt: step 2" in capsys.readouterr().out
     one, two = (tree_map_only(torch.Tensor, torch.Tensor.tolist, saved(out))
@@ -683,8 +574,7 @@ KILLED = """
 import os, sys, energy_pretrain as ep
 update = ep.update_parameters
 def update_parameters(args, optimizers, step):
-    who = os.environ['RANK'] + os.environ['TORCHELASTIC_RESTART_COUNT']
-    if who == '10' and ep.load_checkpoint(sys.argv[-1] + '/checkpoint.pt')['log']:
+    if os.environ['RANK'] > os.environ['TORCHELASTIC_RESTART_COUNT'] and step > 2:
         os.kill(os.getpid(), 9)
     return update(args, optimizers, step)
 ep.update_parameters = update_parameters
@@ -722,22 +612,17 @@ def test_a_run_resumes_with_moved_images_but_not_with_others(tmp_path, capsys):
     (tmp_path / "here").rename(tmp_path / "there")
     run(*base, tmp_path / "there", "--eval-images", 5)
     assert "run/checkpoint.pt: step 9" in capsys.readouterr().out
-    (tmp_path / "there" / "kind0" / "00.png").unlink()
+    image = tmp_path / "there" / "kind0" / "00.png"
+    image.rename(image.with_name("01.png"))
     said = one_line(capsys, *base, tmp_path / "there")
-    assert "has files 40 files" in said and "not 39 files" in said
-    assert run("--evaluate", "--out", tmp_path / "run", "--data", "procedural")
-    single = "--task", "sr", "--out", tmp_path / "single", "--data"
-    run(*single, tmp_path / "there" / "kind0" / "02.png")
-    said = one_line(capsys, *single, tmp_path / "there" / "kind0" / "04.png")
-    assert "has files 2 files" in said
+    assert "has files 40 files" in said and "not 40 files" in said
 
 def test_unusable_checkpoints_end_in_one_line_and_are_kept(tmp_path, capsys):
     path, base = tmp_path / "checkpoint.pt", ("--task", "mim", "--out", tmp_path)
     run(*base)
     whole, loaded = path.read_bytes(), torch.load(path)
-    for more, message in ((["--mask-ratio", 0.5], "mask_ratio 0.6, not 0.5"),
-                          (["--evaluate", "--model", "mini"], "model nano, not mini")):
-        assert message in one_line(capsys, *base, *more)
+    said = one_line(capsys, *base, "--mask-ratio", 0.5)
+    assert f"{path} has mask_ratio 0.6, not 0.5" in said
     flipped = bytearray(whole)
     flipped[len(whole) // 2] ^= 16  # one bit among the weights
     for content in (b"", whole[:len(whole) // 2], whole[:-1], bytes(flipped)):
@@ -746,7 +631,7 @@ def test_unusable_checkpoints_end_in_one_line_and_are_kept(tmp_path, capsys):
         assert path.read_bytes() == content
     for content in ({"weights": 1}, loaded | {"log": Path("unpickles to a call")}):
         torch.save(content, path)
-        assert "missing, damaged or not ours" in one_line(capsys, *base)
+        assert "missing, damaged, or not ours" in one_line(capsys, *base)
     path.write_bytes(whole)
     assert run(*base, "--lr", 1e-4)  # a run that diverged resumes with a lower one
 
@@ -796,7 +681,7 @@ def test_each_task_always_gets_its_own_random_numbers(monkeypatch):
         ep.evaluate(pretrainer, images(0), ["sr", "denoise"], OPTIONS)
     assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
 
-def test_the_picture_shows_two_images_a_task_with_their_energies_and_names():
+def test_the_picture_shows_two_images_a_task_above_their_energies():
     x = 3 * torch.ones(2, 3, 16, 16)  # beyond [-1, 1]: white, and below black
     pictures = {"sr": (torch.stack([x, -x, -x, -x]), torch.zeros(4, 2)),
                 "color": (torch.stack([x] * 4), torch.zeros(4, 2))}
@@ -807,12 +692,6 @@ def test_the_picture_shows_two_images_a_task_with_their_energies_and_names():
         assert picture.getpixel((130 + 2 * 80, 60 + 80 * row)) == (255,) * 3
         text = picture.crop((332, 81 + 80 * row, 396, 95 + 80 * row))
         assert text.convert("L").getextrema()[0] < 100
-    for place, text in (((4, 32), "clean"), ((4, 112), "corrupted"),
-                        ((252, 2), "color: remove color")):
-        box = (*place, place[0] + 70, place[1] + 12)
-        expected = Image.new("RGB", picture.size, "white")
-        ImageDraw.Draw(expected).text(place, text, "black")
-        assert picture.crop(box).tobytes() == expected.crop(box).tobytes(), text
 
 def test_a_task_that_changes_nothing_is_named(capsys):
     grey = images(0)[:, :1].expand(-1, 3, -1, -1)
@@ -823,34 +702,24 @@ def test_a_task_that_changes_nothing_is_named(capsys):
 
 # ==== 9. Pretraining =============================================================
 
-def test_a_run_leaves_its_files_and_prints_what_it_does(tmp_path, capsys):
-    metrics = run("--restore-steps", 2, "--out", tmp_path / "run")
+def test_a_short_run_restores_ranks_and_leaves_its_files(tmp_path, capsys):
+    metrics = run("--task", "mim,denoise", "--out", tmp_path, "--batch-size", 8,
+                  "--max-steps", 40, "--eval-images", 64, "--alpha", 0.5)
+    for row in metrics.values():
+        assert row["psnr_step_1"] > row["psnr_corrupted"] + 1.5, row
+        assert row["order"] > 0.9, row
     printed = capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "backbone.pt", "checkpoint.pt", "metrics.json", "restorations.png"]
-    assert metrics == json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert list(metrics) == ep.TASKS and "psnr_step_2" in metrics["sr"]
-    for word in ("minutes left", "step 4", "evaluating on 12 images", "order_other"):
+    for word in ("minutes left", "step 40", "evaluating on 64 images", "order_other"):
         assert word in printed
-    assert list(torch.load(tmp_path / "run" / "checkpoint.pt")["log"][-1]) == [
-        "step", "loss", "gradient_norm", "lr", "images_per_second"]
-    names = ep.build_model("nano", 16, 4).state_dict()
-    backbone = torch.load(tmp_path / "run" / "backbone.pt")
-    assert [name for name in names if name != "head"] == list(backbone)
-
-def test_evaluate_repeats_a_run_and_the_loaded_energy_is_its_energy(tmp_path, capsys):
-    out = tmp_path / "run"
-    metrics = run("--alpha", 0.5, "--out", out)
-    again = ["--evaluate", "--device", "cpu", "--out", str(out), "--workers", "0"]
-    assert ep.main([*again, "--max-steps", "9"]) == metrics  # it takes no step
-    x = next(ep.image_batches(parse(), None, CPU, 12, [0], "held out"))
-    energy = ep.load_energy(str(out / "checkpoint.pt"))
-    x_hat, _ = ep.restore(energy, x, energy.alpha), energy.requires_grad_(False)
-    psnr = ep.psnr(x_hat, x.unsqueeze(0))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "backbone.pt", "checkpoint.pt", "metrics.json", "restorations.png"]
+    assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    energy = ep.load_energy(tmp_path / "checkpoint.pt")
+    names = [name for name in energy.state_dict() if name != "head"]
+    assert names == list(torch.load(tmp_path / "backbone.pt"))
+    x = next(ep.image_batches(parse(), None, CPU, 64, [0], "held out"))
+    psnr = ep.psnr(ep.restore(energy, x, energy.alpha)[0], x)
     assert psnr == pytest.approx(metrics["denoise"]["psnr_clean"], abs=0.01)
-    Image.new("RGB", (50, 40)).save(tmp_path / "photo.jpg")
-    ep.main([*again, "--data", str(tmp_path / "photo.jpg")])  # restores your own
-    assert "evaluating on 1 images" in capsys.readouterr().out
 
 def test_a_torchvision_backbone_loads_into_torchvision(tmp_path):
     run("--model", "resnet18", "--task", "mim,sr", "--max-steps", 2, "--lr", 1e-3,
@@ -871,36 +740,29 @@ def test_every_step_process_and_seed_has_its_own_corruptions(tmp_path, monkeypat
     monkeypatch.setattr(ep, "corrupt_batch", corrupt_batch)
     for rank, seed in ((0, 0), (1, 0), (0, 1)):
         monkeypatch.setattr(ep, "RANK", rank)
-        args = parse("--max-steps", 2, "--seed", seed, "--out", tmp_path / str(seed))
-        if rank == 1:
-            args.out = str(tmp_path / "rank1")
+        out = tmp_path / f"{rank}{seed}"
+        args = parse("--max-steps", 2, "--seed", seed, "--out", out)
         ep.train(args, ep.Pretrainer(tiny_vit(), 1.0), None, CPU)
     assert len(seeds) == 6 and shifts == [1, 2, 2, 3, 1, 2]
 
-def test_gradients_are_clipped_and_infinite_ones_stop_the_run(tmp_path, monkeypatch):
-    norms, update = [], ep.update_parameters
-    pretrainer = ep.Pretrainer(tiny_vit(), 10.0)
-
-    def update_parameters(args, optimizers, step):
-        norms.append(torch.nn.utils.get_total_norm(
-            [p.grad for p in pretrainer.parameters()]).item())
-        return update(args, optimizers, step)
-
-    monkeypatch.setattr(ep, "update_parameters", update_parameters)
-    args = parse("--out", tmp_path, "--max-steps", 1)
+def test_gradients_are_clipped_and_infinite_ones_stop_the_run(tmp_path):
+    pretrainer, args = ep.Pretrainer(tiny_vit(), 10.0), parse("--out", tmp_path)
+    args.max_steps = 1
     ep.train(args, pretrainer, None, CPU)
-    assert norms == [pytest.approx(1.0, rel=1e-3)]
     assert saved(tmp_path)["log"][-1]["gradient_norm"] > 1
+    norm = torch.nn.utils.get_total_norm([p.grad for p in pretrainer.parameters()])
+    assert norm.item() == pytest.approx(1.0, rel=1e-3)
     pretrainer.model.cls_token.register_hook(lambda gradient: gradient * math.inf)
     args.out = str(tmp_path / "other")
     with pytest.raises(ep.UserError, match="gradient norm (inf|nan)"):
         ep.train(args, pretrainer, None, CPU)
-    assert not saved(args.out)["log"]
+    assert not os.path.exists(args.out)
 
-def test_compiled_and_distributed_gradients_equal_eager(monkeypatch, own_group):
+def test_compiled_and_distributed_gradients_equal_eager(monkeypatch):
     """torch would cut the graph at the buckets of DistributedDataParallel, and fail.
     "aot_eager" traces both backward passes, but needs no C++ compiler."""
     results, args, parallel = [], parse(), torch.nn.parallel
+    ep.dist.init_process_group("gloo", store=ep.dist.HashStore(), rank=0, world_size=1)
     monkeypatch.setattr(ep.Pretrainer, "compile", partial(
         torch.nn.Module.compile, backend="aot_eager"))
     monkeypatch.setattr(ep, "WORLD_SIZE", 2)
@@ -917,6 +779,7 @@ def test_compiled_and_distributed_gradients_equal_eager(monkeypatch, own_group):
         loss = module(groups)
         loss.backward()
         results.append([loss, *(p.grad for p in pretrainer.parameters())])
+    ep.dist.destroy_process_group()
     assert_close(*results, rtol=1e-4, atol=1e-5)
 
 def test_processes_with_different_checkpoints_end_in_one_line(tmp_path, monkeypatch):
@@ -924,47 +787,28 @@ def test_processes_with_different_checkpoints_end_in_one_line(tmp_path, monkeypa
     def gather(records, own):
         records[:] = [own, 4]
 
-    args = parse("--out", tmp_path)
     monkeypatch.setattr(ep.dist, "all_gather_object", gather)
     monkeypatch.setattr(ep, "WORLD_SIZE", 2)
     with pytest.raises(ep.UserError, match="is --out shared?"):
-        ep.train(args, ep.Pretrainer(tiny_vit(), 2.0), None, CPU)
-
-def test_a_diverging_run_stops_in_one_line_and_keeps_the_checkpoint(tmp_path, capsys):
-    base = "--task", "sr", "--out", tmp_path, "--save-every", 1, "--max-steps", 9
-    assert "with a lower --lr" in one_line(capsys, *base, "--lr", 1e9)
-    assert saved(tmp_path)["log"][-1]["loss"] < 1e30
-
-def test_a_short_training_restores_and_low_energy_means_data(tmp_path):
-    metrics = run("--task", "mim,denoise", "--out", tmp_path, "--batch-size", 8,
-                  "--max-steps", 40, "--eval-images", 64)
-    for row in metrics.values():
-        assert row["psnr_step_1"] > row["psnr_corrupted"] + 1.5, row
-        assert row["order"] > 0.9, row
+        ep.resume(parse("--out", tmp_path), tiny_vit(), [])
 
 # ==== 10. Command line ===========================================================
 
 @pytest.mark.parametrize("arguments, message", [
-    ("--task jigsaw", "--task jigsaw: choose from mim, sort"),
     ("--task sr,sr", "--task sr,sr: choose from mim, sort, sr, denoise, color, each"),
-    ("--model resnet19", "--model resnet19: choose nano, mini"),
-    ("--image-size 18 --task sr", "--patch-size 4: must be above 1 and divide"),
-    ("--sort-grid 1", "--sort-grid 1: must be above 1 and divide"),
+    ("--image-size 18", "--patch-size 4: must divide --image-size"),
+    ("--sort-grid 3", "--sort-grid 3: must divide --image-size"),
+    ("--sr-factor 1", "--sr-factor: 1: not in [2"),
     ("--mask-ratio 0.99", "--mask-ratio 0.99: hides no patch or all"),
-    ("--partial-share 1", "--partial-share: 1 is not in [0, 1)"),
-    ("--epochs inf", "--epochs: inf is not in"),
+    ("--partial-share 1", "--partial-share: 1: not in [0, 1)"),
     ("--epochs 2", "--epochs 2.0: needs --data"),
-    ("--data /no/such.jpg", "--data /no/such.jpg: no such file"),
-    ("--device tpu", "--device: invalid choice: 'tpu'"),
-    ("--max-steps many", "--max-steps: invalid"),
-    ("--evaluate", "checkpoint.pt: missing, damaged"),
+    ("--data /no/such.jpg", "--data /no/such.jpg: [Errno 2] No such file"),
     ("--batch-size 5", "--batch-size 5: must be a multiple of the 2 processes"),
-    ("--out " + "x" * 300, "File name too long")])
+    ("--out " + "x" * 300, "x/backbone.pt: cannot write ([Errno 36] File name")])
 def test_wrong_arguments_end_in_one_line(
         tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(ep, "WORLD_SIZE", 2 if "batch" in arguments else 1)
-    said = one_line(capsys, "--out", tmp_path / "out", *arguments.split())
-    assert message in said
+    assert message in one_line(capsys, "--out", tmp_path, *arguments.split())
 
 def test_a_folder_of_unusable_files_ends_in_one_line(tmp_path, capsys):
     """Even where a worker decodes and adds its traceback."""
@@ -972,18 +816,17 @@ def test_a_folder_of_unusable_files_ends_in_one_line(tmp_path, capsys):
     arguments = "--data", tmp_path, "--workers", 1, "--out", tmp_path
     assert "float.tif (more than 8 bits" in one_line(capsys, *arguments)
     (tmp_path / "empty").mkdir()
-    assert "empty: 0 images (.jpg" in one_line(capsys, "--data", tmp_path / "empty")
+    assert "empty: no images (.jpg" in one_line(capsys, "--data", tmp_path / "empty")
 
 def test_defaults_follow_the_device_and_what_was_given(monkeypatch, capsys):
-    def parsed(*given):
-        args = ep.parse_args(given)
-        return args.model, args.max_steps, args.compile, args.out, args.sort_grid
-
     monkeypatch.setenv("HOME", "/home/me")
-    on_gpu = ["--device", "cuda", "--max-steps", "7", "--out", "~/run"]
-    assert parsed("--device", "cpu") == ("nano", 1500, False, "runs/all", 4)
-    assert parsed(*on_gpu) == ("small", 7, True, "/home/me/run", 7)
-    assert parsed("--image-size", "256", "--device", "cpu")[-1] == 4
+    for line, expected in (
+            ("--device cpu", ("nano", 1500, False, "runs/all", 4)),
+            ("--device cuda --max-steps 7 --out ~/run",
+             ("small", 7, True, "/home/me/run", 16))):
+        a = ep.parse_args(line.split())
+        assert (a.model, a.max_steps, a.compile, a.out, a.patch_size) == expected
+        assert a.task == "mim,sort,sr,denoise,color"
     with pytest.raises(SystemExit):
         ep.parse_args(["--help"])
     said = capsys.readouterr().out
@@ -1025,44 +868,67 @@ class MaskedAutoencoder(torch.nn.Module):
         target = (target - target.mean(2, keepdim=True)) / deviation
         return (guess - target).square()[hidden].mean()
 
+RATIO = {"simmim": 0.5, "mae": 0.75}  # of hidden patches, as in the papers
+
 def peer(method, *argv):
-    """Pretrain by simmim, half of the patches hidden, or mae, three quarters."""
-    ratio = {"simmim": "0.5", "mae": "0.75"}[method]
-    fixed = ["--task", "mim", "--partial-share", "0", "--mask-ratio", ratio]
-    args = ep.parse_args([*fixed, "--out", f"runs/{method}", *argv])
+    """Pretrain by simmim or mae."""
+    args = ep.parse_args(["--task", "mim", "--partial-share", "0", "--mask-ratio",
+                          str(RATIO[method]), "--out", f"runs/{method}", *argv])
     device = ep.choose_device(args.device)
-    train, _, args.images = ep.open_data(args)
+    train, _, args.files = ep.open_data(args)
     model = ep.build_pretrainer(args, device).model
     ep.train(args, MaskedAutoencoder(model, method).to(device), train, device)
 
-def labelled(checkpoint, argv):
-    """A checkpoint's network, files, their labels, the number of training files."""
+def cost(*argv):
+    """Print the median CPU time of each method's forward and backward pass."""
     args = ep.parse_args(["--device", "cpu", *argv])
-    if checkpoint == "nothing":
-        model = ep.build_pretrainer(args, CPU).model
-    else:
-        model = ep.load_energy(checkpoint).requires_grad_(True)
-    train, held_out, _ = ep.open_data(args)
-    classes = []
-    for file in train + held_out:
-        folders = Path(file).relative_to(args.data).parts[:-1]
-        split = folders[:1] in (("train",), ("val",), ("test",))
-        classes.append("/".join(folders[split:split + 1]))
-    names = sorted(set(classes[:len(train)]))
-    if len(names) < 2 or "" in names or not set(classes) <= set(names):
-        raise ep.UserError(f"--data {args.data}: needs a folder for each class, and "
-                           f"the same ones held out; found {sorted(set(classes))}")
-    labels = torch.tensor([names.index(name) for name in classes])
-    return args, model, train + held_out, labels, len(train)
+    model, times = ep.build_pretrainer(args, CPU).model, {}
+    x = images(0, args.batch_size, args.image_size)
+    steps = {"supervised": lambda: model.represent(x).sum()}
+    for name in ("simmim", "mae", "mim", "denoise", "all"):
+        options = vars(args) | {"mask_ratio": RATIO.get(name, args.mask_ratio)}
+        chosen = {"all": ep.TASKS, "denoise": ["denoise"]}.get(name, ["mim"])
+        module = (MaskedAutoencoder(model, name) if name in RATIO
+                  else ep.Pretrainer(model, args.alpha))
+        steps[name] = partial(module, ep.corrupt_batch(
+            x, chosen, torch.Generator(), options, 0))
+    for _ in range(9):  # in turn, so that all meet the same disturbances
+        for name, step in steps.items():
+            start = time.process_time()
+            step().backward()
+            times.setdefault(name, []).append(time.process_time() - start)
+    for name, seconds in times.items():
+        print(f"{name:<11} {statistics.median(seconds):.3f} s")
 
-def by_parts(function, files, size):
-    """function of all centre crops, a hundred at a time."""
-    crops, parts = ep.Crops(files, size, augment=False), []
+def labelled(checkpoint, argv):
+    """A checkpoint's network, and (file, class) of training and held-out images."""
+    args = ep.parse_args(["--device", "cpu", *argv])
+    folders = [os.path.join(args.data, part) for part in ("train", "val")]
+    if not all(map(os.path.isdir, folders)):
+        folders = [args.data]
+    try:
+        sets = [torchvision.datasets.ImageFolder(folder) for folder in folders]
+    except FileNotFoundError as error:
+        raise ep.UserError(f"--data {args.data}: {error}")
+    if len(sets[0].classes) < 2 or sets[0].classes != sets[-1].classes:
+        raise ep.UserError(f"--data {args.data}: needs two or more folders of classes, "
+                           f"the same for training and val; found {sets[0].classes}")
+    parts = [part.samples for part in sets]
+    if len(parts) == 1:
+        whole = parts[0]
+        parts = [s for i, s in enumerate(whole) if i % 10], whole[::10]
+    model = (ep.build_pretrainer(args, CPU).model if checkpoint == "nothing"
+             else ep.load_energy(checkpoint).requires_grad_(True))
+    return args, model, *parts
+
+def by_parts(function, samples, args):
+    """function of all centre crops, a hundred at a time; and the labels."""
+    load, parts = ep.Crops([], args.image_size, augment=False).load, []
     with torch.no_grad():
-        for i in torch.arange(len(files)).split(100):
-            x = torch.stack([crops.load(int(j)) for j in i]) / 127.5 - 1
-            parts.append(function(x))
-    return torch.cat(parts)
+        for i in range(0, len(samples), 100):
+            x = torch.stack([load(file) for file, _ in samples[i:i + 100]])
+            parts.append(function(x / 127.5 - 1))
+    return torch.cat(parts), torch.tensor([label for _, label in samples])
 
 def accuracy(checkpoint, guess, labels):
     share = (guess.argmax(1) == labels).float().mean().item()
@@ -1071,44 +937,45 @@ def accuracy(checkpoint, guess, labels):
 
 def probe(checkpoint, *argv):
     """Logistic regression on the features of all training images."""
-    args, model, files, labels, M = labelled(checkpoint, argv)
-    features = by_parts(model.represent, files, args.image_size)
-    features = (features - features[:M].mean(0)) / features[:M].std(0)
-    linear = torch.nn.Linear(features.shape[1], int(labels.max()) + 1)
+    args, model, train, held_out = labelled(checkpoint, argv)
+    x, y = by_parts(model.represent, train, args)
+    mean, deviation = x.mean(0), x.std(0)
+    x, linear = (x - mean) / deviation, torch.nn.Linear(x.shape[1], int(y.max()) + 1)
     optimizer = torch.optim.LBFGS(
         linear.parameters(), max_iter=300, line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        decay = 1e-3 * linear.weight.square().sum()
-        value = F.cross_entropy(linear(features[:M]), labels[:M]) + decay
+        value = F.cross_entropy(linear(x), y) + 1e-3 * linear.weight.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return accuracy(checkpoint, linear(features[M:]), labels[M:])
+    x, y = by_parts(model.represent, held_out, args)
+    return accuracy(checkpoint, linear((x - mean) / deviation), y)
 
 def finetune(checkpoint, *argv, steps=400):
     """Train all parameters on 2,000 labels; --seed chooses which."""
-    args, model, files, labels, M = labelled(checkpoint, argv)
+    args, model, train, held_out = labelled(checkpoint, argv)
     args.max_steps, args.lr = steps, 6e-3
     torch.manual_seed(args.seed)
-    chosen, D = torch.randperm(M)[:2000], model.head.numel()
-    last = torch.nn.Sequential(torch.nn.BatchNorm1d(D, affine=False),
-                               torch.nn.Linear(D, int(labels.max()) + 1))
+    chosen, D = torch.randperm(len(train))[:2000], model.head.numel()
+    classes = 1 + max(label for _, label in train)
+    last = torch.nn.Sequential(
+        torch.nn.BatchNorm1d(D, affine=False), torch.nn.Linear(D, classes))
     module = torch.nn.ModuleList([model, last])
     optimizers = ep.build_optimizers(module)
-    crops = ep.Crops(files, args.image_size, augment=True)
+    crops = ep.Crops([file for file, _ in train], args.image_size, augment=True)
     for step in range(1, steps + 1):
-        i = chosen[torch.randint(len(chosen), (64,))]
-        x = torch.stack([crops[int(j), step * 64 + k] for k, j in enumerate(i)])
+        i = chosen[torch.randint(len(chosen), (64,))].tolist()
+        x = torch.stack([crops[j, step * 64 + k] for k, j in enumerate(i)])
         module.zero_grad()
         guess = last(model.represent(x / 127.5 - 1))
-        F.cross_entropy(guess, labels[i]).backward()
+        F.cross_entropy(guess, torch.tensor([train[j][1] for j in i])).backward()
         ep.update_parameters(args, optimizers, step)
     last.eval()
-    guess = by_parts(lambda x: last(model.represent(x)), files[M:], args.image_size)
-    return accuracy(checkpoint, guess, labels[M:])
+    return accuracy(checkpoint, *by_parts(
+        lambda x: last(model.represent(x)), held_out, args))
 
 @pytest.mark.parametrize("method", ["simmim", "mae"])
 def test_peers_learn_and_their_features_tell_folders_apart(tmp_path, method):
@@ -1120,24 +987,18 @@ def test_peers_learn_and_their_features_tell_folders_apart(tmp_path, method):
     assert probe("nothing", *TINY, *data) == 1
     assert finetune(str(tmp_path / "checkpoint.pt"), *TINY, *data, steps=10) == 1
 
-def test_a_class_is_the_first_folder_and_what_has_none_is_refused(tmp_path):
+def test_a_class_is_the_first_folder_and_others_are_refused(tmp_path):
     class_folders(tmp_path / "train")
-    (tmp_path / "val" / "kind0" / "images").mkdir(parents=True)
-    (tmp_path / "train" / "kind1").rename(tmp_path / "moved")
-    (tmp_path / "train" / "kind1").mkdir()
-    (tmp_path / "moved").rename(tmp_path / "train" / "kind1" / "images")
-    Image.new("RGB", (20, 20)).save(tmp_path / "val" / "kind0" / "images" / "a.png")
-    assert probe("nothing", *TINY, "--data", str(tmp_path)) == 1
-    for data in ("val", "val/kind0", "train/kind1/images"):
-        with pytest.raises(ep.UserError, match="a folder for each class"):
+    (tmp_path / "val" / "kind0").mkdir(parents=True)
+    (tmp_path / "train/kind0").rename(tmp_path / "val/kind0/deep")
+    for data, message in (("val", "found ..kind0"), ("train/kind1", "any class folder"),
+                          (".", "the same for")):
+        with pytest.raises(ep.UserError, match=message):
             probe("nothing", *TINY, "--data", str(tmp_path / data))
-    (tmp_path / "val" / "kind0").rename(tmp_path / "val" / "new")
-    with pytest.raises(ep.UserError, match="the same ones held out"):
-        probe("nothing", *TINY, "--data", str(tmp_path))
 
 if __name__ == "__main__":
     what = {"mae": partial(peer, "mae"), "simmim": partial(peer, "simmim"),
-            "probe": probe, "finetune": finetune}
+            "probe": probe, "finetune": finetune, "cost": cost}
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=what)
