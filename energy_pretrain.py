@@ -1,9 +1,9 @@
 """Energy-inspired self-supervised pretraining for vision models, in one file.
 
 A vision network is an energy: its forward pass gives each image one number,
-lower when clean than when corrupted. Its backward pass restores: a corrupted
-image takes a gradient step down the energy, and training asks the step to end
-at the clean image.
+which should be lower clean than corrupted. Its backward pass restores: a
+corrupted image takes a gradient step down the energy, and training asks the
+step to end at the clean image.
 
     E(x)                              forward pass: one number per image   (1)
     x_{k+1} = x_k - alpha dE/dx(x_k)  backward pass: K steps from x_tilde  (2)
@@ -59,8 +59,8 @@ def restore(energy_fn, x_tilde, alpha, num_steps=1, create_graph=False):
     """Take K = num_steps steps down the energy from x_tilde: (K, B, 3, S, S).
 
     energy_fn maps (B, 3, S, S) to (B,). It must not mix images, as batch norm
-    does outside evaluation mode: the gradient of the sum of all energies then
-    holds each image's own dE/dx. create_graph: for training.
+    does in training mode; only then does the gradient of the summed energies
+    hold each image's own dE/dx. create_graph: to train through the steps.
     """
     # torch.autograd.grad would fail in torch.compile and under torch.no_grad()
     gradient = torch.func.grad(lambda x: energy_fn(x).sum())
@@ -76,7 +76,7 @@ def restoration_loss(x_hat, x, x_tilde):
 
     x_hat: (K, B, 3, S, S). We divide by how far the corruption moved an image,
     otherwise large corruptions would drown small ones. Smooth L1 is half the
-    squared error, but linear above 1, where that would favour outliers.
+    squared error up to 1 and linear beyond, so that outliers do not dominate.
     """
     error = F.smooth_l1_loss(x_hat, x.expand_as(x_hat), reduction="none")
     error = error.flatten(2).mean(2).mean(0)  # (B,)
@@ -138,13 +138,13 @@ def corrupt(x, task, generator, options):
     return CORRUPTIONS[task](x, generator, seen=seen, **options), seen
 
 def corrupt_batch(x, tasks, generator, options, shift):
-    """Corrupt images (B, 3, S, S) for a training step: at most two groups
-    (x, x_tilde, seen), those of mim, and of all other tasks, with seen None.
+    """Corrupt images (B, 3, S, S) for a training step. Return up to two groups
+    (x, x_tilde, seen): mim's, and that of all other tasks, with seen None.
 
-    The tasks share the images; shift rotates them, as the first ones may get
-    one more. A partial_share of the images is corrupted only in part, mostly
-    lightly (ours). A network that never sees nearly clean images may give them
-    a lower energy than clean ones, and its step damages clean images.
+    The tasks share the images equally; shift rotates which get the odd ones. A
+    partial_share of the images is corrupted only in part, mostly lightly
+    (ours). A network that never sees nearly clean images may give them a lower
+    energy than clean ones, and its step damages clean images.
     """
     shift, share = shift % len(tasks), options["partial_share"]
     tasks = tasks[shift:] + tasks[:shift]
@@ -193,7 +193,7 @@ def random_waves(side, dim):
     Near patches get similar positions, so they attend to each other from the
     start. Their correlation at distance r is exp(-(0.7 r)^2 / 2).
     """
-    place = torch.cartesian_prod(*[torch.arange(float(side))] * 2)  # (N, 2)
+    place = torch.ones(side, side).nonzero().float()  # (N, 2): row, column
     waves = 0.7 * place @ torch.randn(2, dim) + 2 * math.pi * torch.rand(dim)
     return 0.85 * waves.cos().unsqueeze(0)
 
@@ -201,15 +201,15 @@ class ViT(nn.Module):
     """A plain Vision Transformer under timm's names, plus a vector v, `head`.
 
     E (ours) is a weighted distance between the patch embeddings p_n and the
-    network's outputs z_n, which say what it expects there:
+    network's outputs z_n, which say what it expects there; v may be negative:
 
         E = 3 P^2 sum_n mean_d v_d (p_nd - z_nd)^2
 
-    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum and
-    the 3 P^2 pixel values of a patch make steps equally long for all sizes.
-    Given seen, n runs over the hidden patches, and these join late (ours):
-    visible ones pass all blocks but the last among themselves. So their
-    features must predict the hidden ones.
+    So dE/dp_n contains v (p_n - z_n): which way patch n should go. The sum over
+    patches and the factor 3 P^2 keep steps equally long for all S and P. Given
+    seen, n runs over the hidden patches, and these join late (ours): visible
+    ones pass all blocks but the last among themselves. So their features must
+    predict the hidden ones.
     """
     def __init__(self, image_size, patch_size, dim, depth, num_heads):
         super().__init__()
@@ -241,16 +241,13 @@ class ViT(nn.Module):
         if seen is None:
             tokens = self.blocks[:-1](tokens)
         else:
-            visible = self.add_positions(self.embed(x.detach()))  # constants
+            visible = self.add_positions(self.embed(x.detach()))  # weights learn
             index = F.pad(seen + 1, (1, 0)).unsqueeze(2)  # 0: the class token
             index = index.expand(-1, -1, p.shape[2])  # (B, M+1, D)
             visible = self.blocks[:-1](visible.gather(1, index))
-            tokens = tokens.to(visible.dtype).scatter(1, index, visible)
-        z = self.norm(self.blocks[-1](tokens))[:, 1:]  # (B, N, D)
-
-        # float32: autocast's bfloat16 cannot tell neighbouring energies apart
-        error = p.to(self.head.dtype) - z
-        distance = (self.head * error.square()).mean(2)  # (B, N)
+            tokens = tokens.scatter(1, index, visible)
+        z = self.norm(self.blocks[-1](tokens))[:, 1:]  # (B, N, D), float32
+        distance = (self.head * (p - z).square()).mean(2)  # (B, N)
         if seen is not None:
             distance = distance.scatter(1, seen, 0.0)
         patch_pixels = self.patch_embed.proj.weight[0].numel()  # 3 P^2
@@ -273,7 +270,8 @@ class Pretrainer(nn.Module):
 
 class TorchvisionNet(nn.Module):
     """A classifier of torchvision: E = 3 S^2 v . features. v, `head`, is in
-    place of the last linear layer; visible pixels are constants."""
+    place of the last linear layer; visible pixels are constants. In evaluation
+    mode: batch norm keeps the statistics it starts with."""
     def __init__(self, name, image_size, patch_size):
         super().__init__()
         self.patch_size = patch_size
@@ -298,11 +296,9 @@ VIT_SIZES = {  # name: (width D, depth, heads h)
     "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 def build_model(name, image_size, patch_size):
-    """An energy by its name. A network of your own would be made here.
-
-    It needs `head`, `represent`, and a `forward` that mixes no images and has a
-    second derivative. DistributedDataParallel needs all parameters in dE/dx.
-    """
+    """An energy by its name. A network of your own would be made here: it needs
+    `head`, `represent`, and a `forward` that mixes no images and can be
+    differentiated twice."""
     if name in VIT_SIZES:
         return ViT(image_size, patch_size, *VIT_SIZES[name])
     try:
@@ -313,6 +309,8 @@ def build_model(name, image_size, patch_size):
         raise UserError(
             f"--model {name} cannot be an energy here: {error}. Choose "
             f"{', '.join(VIT_SIZES)}, or one of torchvision, as resnet18")
+    for p in model.parameters():  # a last bias is not in dE/dx: DDP would wait for it
+        p.requires_grad_(p.grad is not None)
     return model
 
 # ==== 4. Processes and randomness =====================================
@@ -328,7 +326,7 @@ def print0(*values):
         print(*values, flush=True)
 
 def seed_from(*key):
-    """A seed named by its use, as ("corrupt", 0, 17). So none is saved."""
+    """A seed that follows from its use, as ("corrupt", 0, 17); none is saved."""
     return zlib.crc32(repr(key).encode())
 
 def make_generator(device, *key):
@@ -454,8 +452,8 @@ class Crops(torch.utils.data.Dataset):
         raise UserError(f"no usable image in 100 draws, the last {reason}")
 
 def open_data(args):
-    """Training files, held-out files (None: landscapes), and a text that tells
-    both from others. val/ or test/ beside train/ is held out, else every tenth."""
+    """Training and held-out files (both None: landscapes), and a fingerprint of
+    them for resume. Held out: val/ or test/ beside train/, else every tenth."""
     if args.data == "procedural":
         return None, None, args.data
     train, val, test = (os.path.join(args.data, n) for n in ("train", "val", "test"))
@@ -531,7 +529,7 @@ def update_parameters(args, optimizers, step):
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # torch's Muon computes in bfloat16, which most CPUs emulate
+        # Muon calls bfloat16(), slow on most CPUs; clone() stays in float32
         with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.clone):
             optimizer.step()
     return rate
@@ -597,7 +595,8 @@ def resume(args, model, optimizers):
     return log
 
 def save_checkpoint(args, model, optimizers, log):
-    """Write backbone.pt, for other programs, and checkpoint.pt."""
+    """Write checkpoint.pt, and backbone.pt for other programs. Use the mean of
+    its patches' outputs as features: a ViT's class token is not trained."""
     backbone = {name.removeprefix("net."): p.cpu()
                 for name, p in model.state_dict().items() if name != "head"}
     checkpoint = {"model": model.state_dict(), "config": vars(args), "log": log,
@@ -716,7 +715,7 @@ def train(args, pretrainer, files, device):
         with autocast(device):
             loss = module(groups)  # Eq. (3)
 
-        # back through dE/dx (convolutional networks have norms above 100)
+        # back through dE/dx; clip, as norms of convolutional networks pass 100
         loss.backward()
         norm = nn.utils.clip_grad_norm_(pretrainer.parameters(), max_norm=1.0)
         rate = update_parameters(args, optimizers, step)
@@ -725,7 +724,7 @@ def train(args, pretrainer, files, device):
         losses.append(loss.detach())
         save = step % args.save_every == 0 or step == args.max_steps
         if save or step % 50 == 0 or step == 1:
-            mean = torch.stack(losses).mean().item()  # since the last record
+            mean = torch.stack(losses).mean().item()  # of this process
             if not math.isfinite(mean + norm.item()):
                 raise UserError(f"step {step}: loss {mean}, gradient norm {norm}; "
                                 "resume from the last checkpoint with a lower --lr")
@@ -739,7 +738,7 @@ def train(args, pretrainer, files, device):
             save_checkpoint(args, model, optimizers, log)
 
 def measure(args, pretrainer, files, device):
-    """Write metrics and a picture of held-out images (random crops, too)."""
+    """Write metrics and a picture of held-out images, cropped as in training."""
     count = min(args.eval_images, len(files)) if files else args.eval_images
     print0(f"evaluating on {count} images")
     x = next(image_batches(args, files, device, count, [0], "held out"))

@@ -325,6 +325,7 @@ def test_torchvisions_networks_are_energies_and_unfit_ones_are_refused():
         assert ((x_hat != x) <= hidden).all() and (x_hat != x).any()
         assert_close(model(x)[:1], model(x[:1]), rtol=1e-4, atol=0.5)
         assert_close(model(x), 3 * 32**2 * model.represent(x) @ model.head)
+    assert not model.net.norm.bias.requires_grad, "what dE/dx lacks would stop DDP"
     for name in ("mobilenet_v3_small", "squeezenet1_0", "vit_b_16", "resnet19"):
         with pytest.raises(ep.UserError, match=f"--model {name} cannot.*nano, mini"):
             ep.build_model(name, 32, 4)
