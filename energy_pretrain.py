@@ -276,8 +276,7 @@ class TorchvisionNet(nn.Module):
         super().__init__()
         self.patch_size = patch_size
         self.net = torchvision.models.get_model(name, weights=None)
-        for last_name, last in self.net.named_modules():
-            last.inplace = False  # overwriting prevents a second derivative
+        *_, (last_name, last) = self.net.named_modules()
         self.head = nn.Parameter(torch.zeros(last.in_features))
         self.net.set_submodule(last_name, nn.Identity())
 

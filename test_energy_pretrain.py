@@ -682,6 +682,13 @@ def test_evaluate_measures_whether_low_energy_means_data(sign):
     assert row["psnr_clean"] > 100 and abs(row["psnr_corrupted"]) < 0.1
     assert row["psnr_step_1"] > 100 if sign == 1 else row["psnr_step_1"] < -5
 
+    def hill(x, seen):  # 0 at clean, above it at a quarter, below it beyond a half
+        return (1 - x.square().mean((1, 2, 3))) * x.square().mean((1, 2, 3))
+
+    pretrainer = ep.Pretrainer(hill, 0.0)
+    row = ep.evaluate(pretrainer, x, ["denoise"], {"noise_std": 2})[0]["denoise"]
+    assert (row["order"], row["order_quarter"]) == (0, 1)
+
 def test_in_mim_all_energies_are_given_the_same_patches():
     """Here E adds the visible pixels, which all versions of an image share."""
     def energy(x, seen):
@@ -737,6 +744,8 @@ def test_a_short_run_restores_ranks_and_leaves_its_files(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "backbone.pt", "checkpoint.pt", "metrics.json", "restorations.png"]
     assert metrics == json.loads((tmp_path / "metrics.json").read_text())
+    first, last = saved(tmp_path)["log"]
+    assert last["loss"] < 0.9 * first["loss"] and last["step"] == 40
     energy = ep.load_energy(tmp_path / "checkpoint.pt")
     names = [name for name in energy.state_dict() if name != "head"]
     assert names == list(torch.load(tmp_path / "backbone.pt"))
