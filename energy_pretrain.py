@@ -241,7 +241,7 @@ class ViT(nn.Module):
         if seen is None:
             tokens = self.blocks[:-1](tokens)
         else:
-            visible = self.add_positions(self.embed(x.detach()))  # weights learn
+            visible = self.add_positions(self.embed(x.detach()))  # x is constant here
             index = F.pad(seen + 1, (1, 0)).unsqueeze(2)  # 0: the class token
             index = index.expand(-1, -1, p.shape[2])  # (B, M+1, D)
             visible = self.blocks[:-1](visible.gather(1, index))
