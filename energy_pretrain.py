@@ -281,7 +281,7 @@ class TorchvisionNet(nn.Module):
         self.net.set_submodule(last_name, nn.Identity())
 
     def represent(self, x):
-        with sdpa_kernel(SDPBackend.MATH):  # attention that has one
+        with sdpa_kernel(SDPBackend.MATH):  # can be differentiated twice
             return self.net(x)  # (B, D)
 
     def forward(self, x, seen=None):
